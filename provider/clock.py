@@ -1,0 +1,32 @@
+"""The clock that everything with a lifetime is measured by; a constructor argument wherever time matters."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Two readings of time, in seconds."""
+
+    def now(self) -> float:
+        """Seconds that only grow, and go on while the machine is suspended."""
+        ...
+
+    def wall(self) -> float:
+        """Seconds since the Unix epoch; they may jump. Only for dates that others made, as a certificate's end."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock.
+
+    CLOCK_BOOTTIME, since a lease at Vault goes on expiring while this node sleeps, which CLOCK_MONOTONIC does not
+    count, and since neither is moved by whoever sets the date.
+    """
+
+    def now(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def wall(self) -> float:
+        return time.time()

@@ -1,0 +1,64 @@
+"""The daemon's frozen settings, and the limits that it keeps, each named and with its reason.
+
+Pure: ``cli`` makes a Settings of flags and environment; everything else only reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+MIB: Final = 1024 * 1024
+
+# etcd refuses objects over 1.5 MiB, so no class is larger; pod metadata and tokens come on top.
+MAX_ATTRIBUTES_BYTES: Final = 2 * MIB
+# A class of 1,000 objects is a mistake: the driver's answer holds 4 MiB, and each object is a read of Vault.
+MAX_OBJECTS: Final = 1000
+# Nodes of the `objects` YAML after its aliases are followed: what a class of MAX_OBJECTS rich objects needs,
+# and far below what could fill memory or a second of CPU.
+MAX_YAML_NODES: Final = 50_000
+# Deeper nesting than any request body needs; parsers that recurse stay far from their limit.
+MAX_YAML_DEPTH: Final = 64
+# docs/contract.md section 1: the driver receives at most 4 MiB; the frame around files and versions is counted too.
+MAX_MOUNT_BYTES: Final = 4 * MIB
+# One response of Vault, envelope and base64 included: more than a mount can hold is not read to its end.
+MAX_RESPONSE_BYTES: Final = 8 * MIB
+# docs/contract.md section 1: a file's path in the volume.
+MAX_PATH_BYTES: Final = 4096
+MAX_PATH_ELEMENT_BYTES: Final = 255
+# Connections to one Vault: enough to keep a node's boot busy, few enough for a thousand nodes.
+MAX_CONNECTIONS: Final = 64
+# Vault servers (address, namespace, TLS) with a pool of connections at a time; classes name them, so it is bounded.
+MAX_POOLS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """How to verify Vault, and how to prove ourselves to it. Paths are as the provider's container sees them."""
+
+    ca_cert: str = ""
+    ca_directory: str = ""
+    server_name: str = ""
+    client_cert: str = ""
+    client_key: str = field(default="", repr=False)
+    skip_verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator chose, by flag or environment. Durations are in seconds."""
+
+    endpoint: str = "/tmp/vault.sock"  # noqa: S108  # the Go provider's default
+    log_level: str = "info"
+    log_format: str = "json"
+    health_addr: str = ":8080"
+    vault_addr: str = "https://127.0.0.1:8200"
+    vault_mount: str = "kubernetes"
+    vault_namespace: str = ""
+    tls: TlsSettings = TlsSettings()
+    vault_proxy_addr: str = ""
+    hmac_secret_name: str = "vault-csi-provider-hmac-key"  # noqa: S105  # a name
+    hmac_key_file: str = ""
+    cache_size: int = 1000
+    kubeconfig: str = ""
+    mount_timeout: float = 60.0
