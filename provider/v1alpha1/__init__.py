@@ -1,0 +1,1 @@
+"""The driver's gRPC interface, generated from protos/v1alpha1/service.proto by `make stubs`."""
