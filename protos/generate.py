@@ -18,7 +18,7 @@ GENERATED = ("service_pb2.py", "service_pb2.pyi", "service_pb2_grpc.py", "servic
 
 
 def generate(out: Path) -> None:
-    """Write the files named in GENERATED to `out`/provider/v1alpha1/; raise RuntimeError when protoc fails."""
+    """Write the files named in GENERATED to `out`/provider/v1alpha1/; RuntimeError when protoc fails."""
     package = out / "provider" / "v1alpha1"
     package.mkdir(parents=True, exist_ok=True)
     # protoc finds the typing plugins by PATH, and they are installed beside this interpreter.

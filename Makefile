@@ -1,0 +1,85 @@
+# Everything here works in a fresh clone with python3 (3.11 or newer) and network, and nothing else.
+#
+#   make demo    a story: a pod's secrets mounted, used, rotated
+#   make test    everything that has to hold before a change lands
+#   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
+#   make check   the linters and the type checker alone
+#   make stubs   generate provider/v1alpha1 from protos
+#   make lock    bring requirements/ in line with pyproject.toml
+#   make upgrade the same, to the newest versions that it allows
+#   make clean   remove everything that make made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_FLAGS := --quiet --disable-pip-version-check
+T ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test unit check coverage stubs lock upgrade clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(READY)
+	@$(BIN)/python -m tests.demo
+
+# Stops at the first part that fails; the parts are ordered by how fast they tell.
+test: check coverage
+	@echo "All of it holds."
+
+check: $(READY)
+	@echo "== ruff: lint and format"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "Run '$(BIN)/ruff format' on the files that --diff names:"; $(BIN)/ruff format --check .; exit 1; }
+	@echo "== mypy --strict"
+	@$(BIN)/mypy --strict
+	@echo "== import-linter: the rooms of provider/"
+	@$(BIN)/lint-imports --no-logo
+
+# These four rooms are pure, so every branch of them can be reached.
+PURE := provider/spc*,provider/versions*,provider/errors*,provider/redact*
+
+coverage: $(READY)
+	@echo "== pytest: unit, property, integration, stubs, locks and the built wheel"
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine --quiet
+	@echo "== coverage, branches counted: at least 95 %"
+	@$(BIN)/coverage report --fail-under=95
+	@echo "== coverage of the pure rooms: 100 %"
+	@$(BIN)/coverage report --fail-under=100 --include='$(PURE)'
+
+unit: $(READY)
+	@$(BIN)/python -m pytest -q $(T)
+
+stubs: $(READY)
+	@$(BIN)/python protos/generate.py
+	@echo "provider/v1alpha1 is generated anew."
+
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--custom-compile-command "make lock" $(LOCK_FLAGS) pyproject.toml
+
+upgrade: LOCK_FLAGS := --upgrade
+lock upgrade: | $(READY)
+	@$(LOCK) --extra dev --output-file requirements/dev.txt
+	@$(LOCK) --constraint requirements/dev.txt --output-file requirements/runtime.txt
+	@echo "requirements/ is locked."
+
+# Stamped, so that a second make is instant; built anew when a lock or the metadata changes.
+$(READY): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older: try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python's venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	@echo "Making $(VENV) from requirements/dev.txt: some 300 MB with the servers that the tests use, once."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r requirements/dev.txt
+	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find provider tests protos -name __pycache__ -type d -prune -exec rm -rf {} +
