@@ -26,7 +26,9 @@ class SystemClock:
     """
 
     def now(self) -> float:
+        """Seconds since boot, suspended ones included."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def wall(self) -> float:
+        """Seconds since the Unix epoch."""
         return time.time()

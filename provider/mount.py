@@ -1,0 +1,176 @@
+"""One mount: plan the reads, fetch them at once, render the files, all or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from provider.errors import AccessDenied, LoginDenied, MountFailed, OutOfTime, ProviderError, SecretNotFound
+from provider.login import TokenSource, log_in
+from provider.render import render
+from provider.sessions import Read, Sessions
+from provider.spc import MountSpec, ObjectSpec, SecretRequest
+from provider.vault import Auth, VaultServers
+from provider.versions import object_version
+
+_log = logging.getLogger(__name__)
+
+# Distinct denials of one mount whose engine is asked for, and how long, so that the advice fits: an error message is
+# not worth more of a sick Vault's time.
+MAX_EXPLAINED: Final = 3
+EXPLAIN_SECONDS: Final = 3.0
+# Objects that are named where several failed alike.
+MAX_NAMED: Final = 3
+KV2_PREFIXES: Final = frozenset(
+    {"data", "metadata", "config", "delete", "undelete", "destroy", "subkeys", "detailed-metadata"}
+)
+# What a policy calls the right to each method (https://developer.hashicorp.com/vault/docs/concepts/policies).
+CAPABILITIES: Final = {"GET": "read", "LIST": "list", "DELETE": "delete", "PATCH": "patch"}
+
+
+class VersionKey(Protocol):
+    """Where the key of object versions comes from."""
+
+    def get(self) -> Awaitable[bytes | None]:
+        """The key, or None where it is not to be had now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedFile:
+    """A file of the volume; ``mode`` is 0 to 0o777."""
+
+    path: str
+    mode: int
+    contents: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class MountResult:
+    """All files of a volume, and the version of each object as (id, version)."""
+
+    files: tuple[RenderedFile, ...]
+    versions: tuple[tuple[str, str], ...]
+
+
+class Mounter:
+    """Turns a MountSpec into files."""
+
+    def __init__(
+        self,
+        servers: VaultServers,
+        sessions: Sessions,
+        tokens: TokenSource,
+        version_key: VersionKey,
+        *,
+        timeout: float,
+    ) -> None:
+        self._servers = servers
+        self._sessions = sessions
+        self._tokens = tokens
+        self._version_key = version_key
+        self._timeout = timeout
+
+    async def mount(self, spec: MountSpec) -> MountResult:
+        """The files of ``spec``, all of them, within the mount timeout.
+
+        Raises:
+            ProviderError: none of them; MountFailed where objects failed, OutOfTime where time did.
+        """
+        began = time.monotonic()
+        for warning in spec.warnings:
+            _log.warning("SecretProviderClass %s: %s", spec.class_name, warning, extra={"pod": str(spec.pod)})
+        try:
+            async with asyncio.timeout(self._timeout):
+                result = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
+        except TimeoutError as error:
+            raise OutOfTime(
+                f"the mount took longer than {self._timeout:g} s; Vault at {spec.server.address} was still to answer",
+                "check Vault's load and the network to it; kubelet tries again by itself",
+            ) from error
+        _log.info(
+            "mounted",
+            extra={
+                "pod": str(spec.pod),
+                "secret_provider_class": spec.class_name,
+                "files": len(result.files),
+                "milliseconds": round((time.monotonic() - began) * 1000),
+            },
+        )
+        return result
+
+    async def _mount(self, spec: MountSpec, deadline: float) -> MountResult:
+        async def login(until: float) -> Auth:
+            return await log_in(self._servers.get(spec.server), spec, self._tokens, until)
+
+        reads = [Read(request) for request in dict.fromkeys(wanted.request for wanted in spec.objects)]
+        # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
+        key, answers = await asyncio.gather(self._version_key.get(), self._sessions.fetch(spec, reads, login, deadline))
+        failures: list[tuple[ObjectSpec, ProviderError]] = []
+        files: list[RenderedFile] = []
+        for wanted in spec.objects:
+            answer = answers[wanted.request]
+            try:
+                if isinstance(answer, ProviderError):
+                    raise answer
+                files.append(RenderedFile(wanted.name, wanted.mode, render(wanted, answer.response)))
+            except ProviderError as error:
+                failures.append((wanted, error))
+        if failures:
+            raise await self._failed(failures, spec, deadline)
+        self._sessions.settle(spec, reads)
+        versions = tuple(
+            (wanted.name, object_version(key, wanted, file.contents))
+            for wanted, file in zip(spec.objects, files, strict=True)
+        )
+        return MountResult(tuple(files), versions)
+
+    async def _failed(
+        self, failures: Sequence[tuple[ObjectSpec, ProviderError]], spec: MountSpec, deadline: float
+    ) -> MountFailed:
+        """All failing objects in one error; objects that failed alike share a sentence."""
+        alike: dict[str, tuple[list[ObjectSpec], ProviderError]] = {}
+        for wanted, error in failures:
+            alike.setdefault(str(error), ([], error))[0].append(wanted)
+        sentences = []
+        for number, (objects, error) in enumerate(alike.values()):
+            advice = error.advice
+            if isinstance(error, AccessDenied | SecretNotFound) and number < MAX_EXPLAINED:
+                advice = await self._advice(error, objects[0].request, spec, deadline) or advice
+            about = "" if len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied) else _named(objects)
+            sentences.append(type(error)(about + error.what + _where(error, spec), advice))
+        return MountFailed(sentences)
+
+    async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, deadline: float) -> str:
+        """What to do about a 403 or 404, knowing the secrets engine (docs/contract.md section 3)."""
+        engine = await self._sessions.engine_of(spec, request.path, min(deadline, _loop_time() + EXPLAIN_SECONDS))
+        if engine is not None and (engine.kind, engine.version) == ("kv", "2"):
+            rest = request.path.removeprefix(engine.path)
+            if rest.split("/", 1)[0] not in KV2_PREFIXES:
+                return f'{engine.path} is a KV version 2 engine: write secretPath "{engine.path}data/{rest}"'
+        if isinstance(error, AccessDenied):
+            can = CAPABILITIES.get(request.method, "update")
+            return f'give a policy of role "{spec.login.role}" the capability "{can}" on "{request.path}"'
+        return error.advice or "check secretPath, and secretKey"
+
+
+def _named(objects: Sequence[ObjectSpec]) -> str:
+    names = ", ".join(f'"{wanted.name}"' for wanted in objects[:MAX_NAMED])
+    more = f" and {len(objects) - MAX_NAMED} more" if len(objects) > MAX_NAMED else ""
+    return f"object{'s' if len(objects) > 1 else ''} {names}{more}: "
+
+
+def _where(error: ProviderError, spec: MountSpec) -> str:
+    """Who asked, where it decides what Vault answers."""
+    if not isinstance(error, AccessDenied | SecretNotFound):
+        return ""
+    namespace = f', Vault namespace "{spec.server.namespace}"' if spec.server.namespace else ""
+    return f' [role "{spec.login.role}"{namespace}, {spec.server.address}]'
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,115 @@
+"""What the sessions room speaks of: identities, reads, and what is held for a pod."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from provider.sessions.lifetime import Lifetime
+from provider.spc import Login, SecretRequest, VaultServer
+from provider.vault import Auth, VaultSecret
+
+# docs/contract.md section 1: kubelet re-mounts about every 60 to 90 s, and the driver may skip one of its own. Until a
+# volume has shown its interval, this is taken for it.
+DEFAULT_INTERVAL_SECONDS: Final = 210.0
+# The longest of the last few gaps is the interval: one retry in quick succession must not make it look short.
+REMEMBERED_GAPS: Final = 3
+
+LogIn = Callable[[float], Awaitable[Auth]]
+"""Logs the pod in with what its mount brought along, within a deadline of the event loop's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """*Who*: one session each. Tokens belong to one pod, so that its end can revoke all that it was given."""
+
+    server: VaultServer
+    login: Login
+    pod_uid: str
+
+    @property
+    def key(self) -> str:
+        """A name for files and logs: 32 hexadecimal digits that tell nothing of what they were made of."""
+        text = "\x00".join((repr(self.server), self.server.tls.client_key, repr(self.login), self.pod_uid))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One distinct read of a mount."""
+
+    request: SecretRequest
+
+
+@dataclass(slots=True)
+class HeldToken:
+    """A token of the pod. ``serial`` grows with each login of the process, so it tells older from newer."""
+
+    auth: Auth
+    life: Lifetime
+    serial: int
+    uses_left: int | None
+    dead: bool = False
+    bears_leases: bool = False
+
+    def usable(self, now: float) -> bool:
+        """Whether a read can go out under it."""
+        return not self.dead and self.life.lives(now) and self.uses_left != 0
+
+    def spend(self) -> None:
+        """One request goes out under it (docs/contract.md section 3: ``num_uses`` tokens run out)."""
+        if self.uses_left:
+            self.uses_left -= 1
+
+
+@dataclass(slots=True)
+class Kept:
+    """A leased or issued response that is kept for the pod, and the volumes (target paths) that ask for it."""
+
+    request: SecretRequest
+    secret: VaultSecret = field(repr=False)
+    life: Lifetime
+    token: HeldToken
+    volumes: set[str]
+    percent: float
+
+    def lives(self, now: float) -> bool:
+        """Whether Vault still holds it: a lease dies with its token, a certificate without a lease does not."""
+        if not self.life.lives(now):
+            return False
+        return not self.secret.leased or (not self.token.dead and self.token.life.lives(now))
+
+    @property
+    def carrier(self) -> Lifetime | None:
+        """The life that it cannot outlive."""
+        return self.token.life if self.secret.leased else None
+
+    @property
+    def final_end(self) -> float:
+        """When it can live no longer, in the clock's time; infinite while renewals go on."""
+        return min(self.life.final_end, self.carrier.final_end if self.carrier else math.inf)
+
+
+@dataclass(slots=True)
+class Volume:
+    """What a session knows of one target path: when it was mounted."""
+
+    mounted_at: float | None = None
+    gaps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS))
+
+    def interval(self, now: float) -> float:
+        """The time between two re-mounts that it has shown, this one included; in seconds."""
+        gaps = list(self.gaps)
+        if self.mounted_at is not None:
+            gaps.append(now - self.mounted_at)
+        return max(gaps[-REMEMBERED_GAPS:]) if gaps else DEFAULT_INTERVAL_SECONDS
+
+    def mounted(self, now: float) -> None:
+        """A mount succeeded."""
+        if self.mounted_at is not None:
+            self.gaps.append(now - self.mounted_at)
+        self.mounted_at = now

@@ -1,0 +1,16 @@
+"""Vault and OpenBao: connections, TLS, retries, and their answers in our types.
+
+The only importer of hvac and of aiohttp's client.
+"""
+
+from provider.vault.client import (
+    Auth,
+    EngineMount,
+    LeaseGone,
+    RenewalRefused,
+    Vault,
+    VaultSecret,
+    VaultServers,
+)
+
+__all__ = ["Auth", "EngineMount", "LeaseGone", "RenewalRefused", "Vault", "VaultSecret", "VaultServers"]

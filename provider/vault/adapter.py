@@ -1,0 +1,159 @@
+"""hvac's seam for another HTTP client: hvac's thin calls over our transport, with retries.
+
+hvac knows Vault's endpoints; ``hvac.adapters.Adapter`` is its documented place for another client. With a ``request``
+that is a coroutine, its thin calls return awaitables. Calls that look into an answer do not work so; the ones that
+are used are in ``client.py``, and each has a test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Mapping
+from typing import Any, Final
+
+from hvac.adapters import Adapter
+
+from provider.errors import AnswerLost, VaultUnavailable
+from provider.redact import Sensitive, one_line
+from provider.vault.transport import Answer, NotSent, Transport
+
+# docs/contract.md section 3: answers after which the same request may be sent again.
+RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 502, 503, 504})
+# First try and four more: over about 3 s, which a leader election often takes. After that kubelet's own retry is
+# better placed, and the message in the pod's events is not kept back.
+MAX_TRIES: Final = 5
+FIRST_BACKOFF_SECONDS: Final = 0.2
+MAX_BACKOFF_SECONDS: Final = 3.0
+# Vault's own words in our messages: enough to know the fault, little enough for many objects in 4 KiB.
+MAX_WORDS: Final = 400
+
+
+class Refusal(Exception):
+    """An HTTP status of 400 or more, as Vault worded it. It never leaves the vault room."""
+
+    def __init__(self, status: int, words: str, data: Mapping[str, Any] | None) -> None:
+        super().__init__(status)
+        self.status = status
+        self.words = words
+        self.data = data
+
+
+class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
+    """One caller's view of a transport: its token, its deadline, and whether a lost answer may be asked for again.
+
+    ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
+    """
+
+    def __init__(self, transport: Transport, token: Sensitive[str] | None, deadline: float, *, resend: bool) -> None:
+        # Adapter's own constructor would open a requests.Session, for which there is no use here.
+        self._transport = transport
+        self._token = token
+        self._deadline = deadline
+        self._resend = resend
+
+    def get_login_token(self, response: Any) -> str:
+        """Never asked for: each login here says ``use_token=False``."""
+        raise NotImplementedError
+
+    async def login(self, url: str, use_token: bool = True, **kwargs: Any) -> Any:
+        """POST to a login endpoint; the token goes back to the caller and is not kept here."""
+        return await self.post(url, **kwargs)
+
+    async def request(
+        self, method: str, url: str, headers: Any = None, raise_exception: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Send a request, and send it again as docs/contract.md section 3 allows, within the deadline.
+
+        Returns:
+            The JSON object of the answer; an empty one for 204.
+
+        Raises:
+            Refusal: Vault answered with a status of 400 or more that is not to be retried.
+            VaultUnavailable: no answer, or none of Vault's, or too many retries.
+        """
+        sent = {"X-Vault-Token": self._token.reveal()} if self._token else {}
+        body = kwargs.get("data")
+        if body is None and kwargs.get("json") is not None:
+            body = json.dumps(kwargs["json"]).encode()
+        for tries in range(1, MAX_TRIES + 1):
+            wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
+            try:
+                answer = await self._transport.send(method.upper(), url, sent, body)
+            except NotSent as error:
+                failure: VaultUnavailable = error
+            except AnswerLost as error:
+                if not self._resend:
+                    raise
+                failure = error
+            else:
+                if answer.status < 300:
+                    return self._accept(answer)
+                if answer.status not in RETRIED_STATUSES:
+                    raise self._refusal(answer)
+                failure = self._unavailable(answer)
+                wait = max(wait, _retry_after(answer.headers))
+            if tries == MAX_TRIES or asyncio.get_running_loop().time() + wait >= self._deadline:
+                raise failure
+            await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _accept(self, answer: Answer) -> dict[str, Any]:
+        if answer.body is None and answer.status != 204:
+            raise self._not_vault(answer)
+        return answer.body or {}
+
+    def _refusal(self, answer: Answer) -> Refusal | VaultUnavailable:
+        where = self._transport.server.address
+        if answer.status < 400:
+            target = one_line(answer.headers.get("Location", "elsewhere"), 200)
+            return VaultUnavailable(
+                f"Vault at {where} redirects ({answer.status}) to {target}, where the token is not sent",
+                "set vaultAddress to the active node or to a load balancer that finds it",
+            )
+        if answer.body is None and answer.status != 404:
+            return self._not_vault(answer)
+        body = answer.body or {}
+        data = body.get("data")
+        return Refusal(answer.status, _words(body), data if isinstance(data, dict) else None)
+
+    def _unavailable(self, answer: Answer) -> VaultUnavailable:
+        where = self._transport.server.address
+        words = _words(answer.body or {})
+        said = f' ("{words}")' if words else ""
+        if answer.status == 503 and "sealed" in words:
+            return VaultUnavailable(f"Vault at {where} is sealed{said}", "unseal it; kubelet tries again by itself")
+        if answer.status == 429:
+            return VaultUnavailable(
+                f"Vault at {where} throttles requests (429){said}",
+                "raise its rate limit quota, or lower the load",
+            )
+        return VaultUnavailable(
+            f"Vault at {where} answered {answer.status}{said}",
+            "check Vault's log; kubelet tries again by itself",
+        )
+
+    def _not_vault(self, answer: Answer) -> VaultUnavailable:
+        kind = one_line(answer.headers.get("Content-Type", "no content type"), 80)
+        return VaultUnavailable(
+            f"what answers at {self._transport.server.address} ({answer.status}, {kind}) is not Vault's API",
+            "check vaultAddress and any load balancer in front of it",
+        )
+
+
+def _words(body: Mapping[str, Any]) -> str:
+    """Vault's own words: its errors, else its warnings; one safe line without credentials."""
+    for field in ("errors", "warnings"):
+        said = body.get(field)
+        if isinstance(said, list) and said:
+            return one_line("; ".join(" ".join(str(part).split()) for part in said), MAX_WORDS)
+    return ""
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that the server asks to wait; 0 where it does not say, or says a date."""
+    try:
+        return max(0.0, float(headers.get("Retry-After", "0")))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,287 @@
+"""What the provider asks of a Vault, in its own types and its own errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from hvac.api.auth_methods import Kubernetes, Token
+from hvac.api.system_backend.lease import Lease
+
+from provider.clock import Clock
+from provider.errors import (
+    AccessDenied,
+    LoginDenied,
+    ProviderError,
+    RequestRefused,
+    SecretNotFound,
+    VaultUnavailable,
+)
+from provider.redact import Sensitive
+from provider.settings import MAX_CONNECTIONS, MAX_POOLS
+from provider.spc import Login, SecretRequest, VaultServer
+from provider.vault.adapter import Refusal, VaultAdapter
+from provider.vault.transport import Transport
+
+# What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.
+_PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """What a login gave. ``ttl`` is in seconds, 0 for a token without end; ``num_uses`` 0 means without limit."""
+
+    token: Sensitive[str]
+    accessor: str
+    ttl: float
+    renewable: bool
+    entity_id: str
+    policies: tuple[str, ...]
+    num_uses: int
+
+
+@dataclass(frozen=True, slots=True)
+class VaultSecret:
+    """Vault's answer to a SecretRequest. ``response`` is the whole JSON object; durations are in seconds."""
+
+    response: Mapping[str, Any] = field(repr=False)
+    lease_id: str = ""
+    lease_duration: float = 0.0
+    renewable: bool = False
+
+    @property
+    def leased(self) -> bool:
+        """Whether it is *leased* (docs/contract.md section 3)."""
+        return bool(self.lease_id)
+
+    @property
+    def certificate_end(self) -> float | None:
+        """Unix seconds at which an *issued* certificate ends, by the shape of the answer alone; None otherwise.
+
+        docs/contract.md section 3: the caller must know that the mount is not ``kv`` before it believes this.
+        """
+        data = self.response.get("data")
+        if not isinstance(data, dict) or not {"serial_number", "certificate"} <= data.keys():
+            return None
+        end = data.get("expiration")
+        return float(end) if isinstance(end, int | float) and not isinstance(end, bool) and end > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMount:
+    """A secrets engine as ``sys/internal/ui/mounts/<path>`` describes it. ``path`` ends with a slash."""
+
+    path: str
+    kind: str
+    version: str
+
+
+class LeaseGone(ProviderError):
+    """What was to be renewed exists no more at Vault."""
+
+
+class RenewalRefused(ProviderError):
+    """Vault will not renew it any further; it lives until the end that it has."""
+
+
+class Vault:
+    """One Vault server, in one namespace. ``deadline`` is everywhere in the event loop's time, in seconds."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.server = transport.server
+
+    async def login(self, login: Login, jwt: Sensitive[str], deadline: float) -> Auth:
+        """Log in by the kubernetes or the jwt method, which take the same request (docs/contract.md section 3).
+
+        Raises:
+            LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
+            VaultUnavailable: no answer, or none of Vault's.
+        """
+        adapter = self._adapter(None, deadline, resend=False)
+        try:
+            answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
+        except Refusal as refusal:
+            raise LoginDenied(f"Vault answered {refusal.status}: {refusal.words or 'permission denied'}") from refusal
+        auth = answer.get("auth")
+        if not isinstance(auth, dict) or not auth.get("client_token"):
+            raise LoginDenied("Vault's answer holds no token; is a second factor (MFA) enforced on this auth mount?")
+        return Auth(
+            token=Sensitive(str(auth["client_token"])),
+            accessor=str(auth.get("accessor") or ""),
+            ttl=_seconds(auth.get("lease_duration")),
+            renewable=bool(auth.get("renewable")),
+            entity_id=str(auth.get("entity_id") or ""),
+            policies=tuple(sorted(str(policy) for policy in auth.get("policies") or auth.get("token_policies") or ())),
+            num_uses=int(_seconds(auth.get("num_uses"))),
+        )
+
+    async def read(self, request: SecretRequest, token: Sensitive[str], deadline: float) -> VaultSecret:
+        """Send a class's request and return the answer.
+
+        Raises:
+            AccessDenied: 403; the token is dead, or its policies do not allow the request.
+            SecretNotFound: 404.
+            RequestRefused: another refusal (400, 405).
+            VaultUnavailable: no answer, or none of Vault's.
+        """
+        adapter = self._adapter(token, deadline, resend=False)
+        url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
+        if request.query:
+            url += "?" + urlencode(request.query)
+        body = request.body.reveal().encode() if request.body is not None else None
+        try:
+            answer = await adapter.request(request.method, url, data=body)
+        except Refusal as refusal:
+            raise _read_error(request, refusal) from refusal
+        return VaultSecret(
+            response=answer,
+            lease_id=str(answer.get("lease_id") or ""),
+            lease_duration=_seconds(answer.get("lease_duration")),
+            renewable=bool(answer.get("renewable")),
+        )
+
+    async def renew_token(self, token: Sensitive[str], increment: float, deadline: float) -> float:
+        """Ask for ``increment`` more seconds of life; return the seconds that Vault gave.
+
+        Raises LeaseGone (403: the token is dead), RenewalRefused, VaultUnavailable.
+        """
+        adapter = self._adapter(token, deadline, resend=True)
+        try:
+            answer = await Token(adapter).renew_self(increment=f"{int(increment)}s")
+        except Refusal as refusal:
+            if refusal.status == 403:
+                raise LeaseGone(f"the token is gone: {refusal.words}") from refusal
+            raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
+        auth = answer.get("auth")
+        return _seconds(auth.get("lease_duration") if isinstance(auth, dict) else 0)
+
+    async def renew_lease(self, token: Sensitive[str], lease_id: str, increment: float, deadline: float) -> float:
+        """Ask for ``increment`` more seconds of a lease's life; return the seconds that Vault gave.
+
+        Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission),
+        VaultUnavailable.
+        """
+        adapter = self._adapter(token, deadline, resend=True)
+        try:
+            answer = await Lease(adapter).renew_lease(lease_id, increment=int(increment))
+        except Refusal as refusal:
+            if refusal.status == 400 and "lease not found" in refusal.words:
+                raise LeaseGone(f"the lease is gone: {refusal.words}") from refusal
+            raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
+        return _seconds(answer.get("lease_duration"))
+
+    async def revoke_token(self, token: Sensitive[str], deadline: float) -> None:
+        """Revoke the token and every lease under it; a token that is gone already is no error.
+
+        Raises RenewalRefused (a batch token cannot be revoked), VaultUnavailable.
+        """
+        adapter = self._adapter(token, deadline, resend=True)
+        try:
+            await Token(adapter).revoke_self()
+        except Refusal as refusal:
+            if refusal.status != 403:
+                raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
+
+    async def token_lives(self, token: Sensitive[str], deadline: float) -> bool:
+        """Whether ``lookup-self`` knows the token. Raises VaultUnavailable where nobody could say."""
+        adapter = self._adapter(token, deadline, resend=True)
+        try:
+            await Token(adapter).lookup_self()
+        except Refusal:
+            return False
+        return True
+
+    async def engine_of(self, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
+        """The secrets engine that serves ``path``, or None where this token may not know (any refusal).
+
+        Raises VaultUnavailable.
+        """
+        adapter = self._adapter(token, deadline, resend=True)
+        try:
+            answer = await adapter.request("GET", "/v1/sys/internal/ui/mounts/" + quote(path, safe=_PATH_SAFE))
+        except Refusal:
+            return None
+        data = answer.get("data")
+        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+            return None
+        options = data.get("options")
+        version = options.get("version") if isinstance(options, dict) else None
+        return EngineMount(data["path"], str(data.get("type") or ""), str(version or ""))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    def _adapter(self, token: Sensitive[str] | None, deadline: float, *, resend: bool) -> VaultAdapter:
+        return VaultAdapter(self._transport, token, deadline, resend=resend)
+
+
+class VaultServers:
+    """The Vaults in use: one client for each *where*, the least recently used let go past MAX_POOLS."""
+
+    def __init__(self, *, clock: Clock, proxy: str = "", max_connections: int = MAX_CONNECTIONS) -> None:
+        self._clock = clock
+        self._proxy = proxy
+        self._max_connections = max_connections
+        self._open: OrderedDict[VaultServer, Vault] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def get(self, server: VaultServer) -> Vault:
+        """The client for ``server``; its connections open at first use, and again after they were let go."""
+        vault = self._open.get(server)
+        if vault is None:
+            transport = Transport(server, clock=self._clock, proxy=self._proxy, max_connections=self._max_connections)
+            vault = self._open[server] = Vault(transport)
+        self._open.move_to_end(server)
+        if len(self._open) > MAX_POOLS:
+            _, idle = self._open.popitem(last=False)
+            closing = asyncio.get_running_loop().create_task(idle.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        return vault
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await asyncio.gather(*self._closing, *(vault.close() for vault in self._open.values()))
+        self._open.clear()
+
+
+def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
+    said = f' ("{refusal.words}")' if refusal.words else ""
+    if refusal.status == 403:
+        return AccessDenied(f"Vault denied {request}{said}")
+    if refusal.status == 404:
+        metadata = (refusal.data or {}).get("metadata")
+        if isinstance(metadata, dict) and (metadata.get("deletion_time") or metadata.get("destroyed")):
+            return SecretNotFound(
+                f"the current version of {request.path} is deleted or destroyed",
+                "undelete it, or write a new version",
+            )
+        return SecretNotFound(f"Vault has nothing at {request.path}{said}")
+    return RequestRefused(
+        f"Vault refused {request} with {refusal.status}{said}", "check secretPath, method and secretArgs"
+    )
+
+
+def _seconds(value: object) -> float:
+    """A number of Vault's as it should be; whatever else it may be counts as 0."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12:
+        return float(value)
+    return 0.0
+
+
+__all__ = [
+    "Auth",
+    "EngineMount",
+    "LeaseGone",
+    "RenewalRefused",
+    "Vault",
+    "VaultSecret",
+    "VaultServers",
+    "VaultUnavailable",
+]

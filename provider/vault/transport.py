@@ -1,0 +1,263 @@
+"""Bytes to and from one Vault server, over aiohttp: connections, TLS, proxies, limits. No retries, no meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import ssl
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import aiohttp
+from yarl import URL
+
+from provider import __version__
+from provider.clock import Clock
+from provider.errors import AnswerLost, VaultUnavailable
+from provider.redact import one_line
+from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES
+from provider.spc import VaultServer
+from provider.vault.tls import Fingerprint, fingerprint, make_context
+
+_log = logging.getLogger(__name__)
+
+# A server that does not accept a connection in this time is down, as far as a mount of a minute goes.
+CONNECT_SECONDS: Final = 10.0
+# Idle connections are ours to close, before a load balancer does it (60 s is the common least) in the middle of a
+# request. Shorter than kubelet's cadence, longer than a burst.
+KEEPALIVE_SECONDS: Final = 30.0
+# How often the TLS files are looked at, at most.
+TLS_CHECK_SECONDS: Final = 1.0
+# Parsing a larger body than this would hold the loop for more than about 5 ms.
+PARSE_IN_THREAD_BYTES: Final = 256 * 1024
+
+
+class NotSent(VaultUnavailable):
+    """No connection came about, so Vault has not seen the request: it may be sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the server answered. ``body`` is the JSON object, or None where there was no JSON object."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: dict[str, Any] | None = field(repr=False)
+
+
+class Transport:
+    """The connections to one Vault server: at most MAX_CONNECTIONS, kept alive, remade when TLS files change."""
+
+    def __init__(
+        self, server: VaultServer, *, clock: Clock, proxy: str, max_connections: int = MAX_CONNECTIONS
+    ) -> None:
+        self.server = server
+        self._clock = clock
+        self._max_connections = max_connections
+        parts = urlsplit(server.address)
+        self._socket_path = parts.path if parts.scheme == "unix" else ""
+        self._base = "http://localhost" if self._socket_path else server.address
+        self._secure = parts.scheme == "https"
+        self._proxy = "" if self._socket_path else proxy or _proxy_from_environment(parts.scheme, parts.hostname or "")
+        self._pool: _Pool | None = None
+        self._marks: Fingerprint = ()
+        self._checked_at = float("-inf")
+        self._opening = asyncio.Lock()
+
+    async def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        """Send one request, once, and read its answer.
+
+        ``path`` begins with a slash and is percent-encoded, query included.
+
+        Raises:
+            NotSent: no connection came about.
+            AnswerLost: the request went out, the answer did not come, or not whole.
+            VaultUnavailable: TLS failed, or the answer is too large.
+        """
+        pool = await self._current_pool()
+        sent = {"User-Agent": f"vault-csi-provider/{__version__}", "X-Vault-Request": "true", **headers}
+        if self.server.namespace:
+            sent["X-Vault-Namespace"] = self.server.namespace
+        if body is not None:
+            sent["Content-Type"] = "application/json"
+        where = self.server.address
+        pool.in_flight += 1
+        try:
+            async with pool.session.request(
+                method,
+                URL(self._base + path, encoded=True),
+                headers=sent,
+                data=body,
+                allow_redirects=False,
+                proxy=self._proxy or None,
+                server_hostname=self.server.tls.server_name or None if self._secure else None,
+            ) as response:
+                raw = await _read_within(response, where)
+        except (
+            aiohttp.ClientConnectorCertificateError,
+            aiohttp.ClientConnectorSSLError,
+            ssl.SSLError,
+        ) as error:
+            raise VaultUnavailable(
+                f"TLS with Vault at {where} failed: {_reason(error)}",
+                "check vaultCACertPath, vaultTLSServerName and Vault's certificate",
+            ) from error
+        except (
+            aiohttp.ClientConnectorError,
+            aiohttp.ConnectionTimeoutError,
+            aiohttp.ClientProxyConnectionError,
+        ) as error:
+            raise NotSent(
+                f"Vault at {where} is unreachable: {_reason(error)}",
+                "check vaultAddress, that Vault is up, and network policies from this node",
+            ) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise AnswerLost(
+                f"Vault at {where} did not answer to the end: {_reason(error)}",
+                "check Vault's log and what is between it and this node; the next try of kubelet mounts anew",
+            ) from error
+        finally:
+            pool.in_flight -= 1
+            if pool.retired:
+                await _retire(pool)
+        return Answer(response.status, response.headers, await _parse(raw))
+
+    async def close(self) -> None:
+        """Let go of the connections: idle ones now, each other one with its answer. A later send opens new ones."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            await _retire(pool)
+
+    async def _current_pool(self) -> _Pool:
+        if self._pool is not None and not self._due_for_check():
+            return self._pool
+        async with self._opening:
+            if self._pool is not None and not self._due_for_check():
+                return self._pool
+            self._checked_at = self._clock.now()
+            if not self._secure:
+                self._pool = self._pool or _Pool(self._open_session(None))
+                return self._pool
+            marks = await asyncio.to_thread(fingerprint, self.server.tls)
+            if self._pool is not None and marks == self._marks:
+                return self._pool
+            try:
+                context = await asyncio.to_thread(make_context, self.server.tls)
+            except VaultUnavailable as error:
+                if self._pool is None:
+                    self._checked_at = float("-inf")
+                    raise
+                # A file that is being replaced may be half there: what worked goes on working.
+                _log.warning("TLS files for %s changed and cannot be used yet: %s", self.server.address, error.what)
+                return self._pool
+            old, self._pool, self._marks = self._pool, _Pool(self._open_session(context)), marks
+            if old is not None:
+                _log.info("TLS files for %s changed on disk; new connections use them", self.server.address)
+                await _retire(old)
+            return self._pool
+
+    def _due_for_check(self) -> bool:
+        return self._secure and self._clock.now() >= self._checked_at + TLS_CHECK_SECONDS
+
+    def _open_session(self, context: ssl.SSLContext | None) -> aiohttp.ClientSession:
+        connector: aiohttp.BaseConnector
+        if self._socket_path:
+            connector = aiohttp.UnixConnector(
+                self._socket_path, limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS
+            )
+        else:
+            connector = aiohttp.TCPConnector(
+                limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context or True
+            )
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+        )
+        # docs/contract.md section 3: aiohttp sends a GET or PUT again by itself when a kept-alive connection drops;
+        # where a path issues credentials, that is a second credential. There is no public switch for it; a test
+        # counts requests, so that a release that renames this one is noticed.
+        session._retry_connection = False
+        return session
+
+
+@dataclass(slots=True)
+class _Pool:
+    session: aiohttp.ClientSession
+    in_flight: int = 0
+    retired: bool = False
+
+
+async def _retire(pool: _Pool) -> None:
+    pool.retired = True
+    if not pool.in_flight:
+        await pool.session.close()
+
+
+async def _read_within(response: aiohttp.ClientResponse, where: str) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > MAX_RESPONSE_BYTES:
+            response.close()
+            raise VaultUnavailable(
+                f"Vault at {where} answered more than {MAX_RESPONSE_BYTES // 1024 // 1024} MiB",
+                "a volume holds at most 4 MiB; name a smaller secret",
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _parse(raw: bytes) -> dict[str, Any] | None:
+    if not raw:
+        return None
+    try:
+        found = await asyncio.to_thread(json.loads, raw) if len(raw) > PARSE_IN_THREAD_BYTES else json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _reason(error: BaseException) -> str:
+    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    return one_line(
+        getattr(cause, "verify_message", "") or getattr(cause, "strerror", None) or str(cause) or type(cause).__name__,
+        200,
+    )
+
+
+def _proxy_from_environment(scheme: str, host: str) -> str:
+    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, any case, read as Go's clients read them.
+
+    Beyond ``urllib``: NO_PROXY may name networks (10.0.0.0/8), and this machine itself is never behind a proxy.
+    """
+    proxies = urllib.request.getproxies_environment()
+    proxy = proxies.get(scheme, "")
+    if (
+        not proxy
+        or host == "localhost"
+        or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+            host, proxies
+        )
+    ):
+        return ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return proxy
+    if address.is_loopback:
+        return ""
+    for entry in proxies.get("no", "").split(","):
+        try:
+            if address in ipaddress.ip_network(entry.strip(), strict=False):
+                return ""
+        except ValueError:
+            continue
+    return proxy
