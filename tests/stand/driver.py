@@ -155,9 +155,7 @@ class Driver:
         }
         if tokens is not None:
             attributes[_TOKENS] = _token_attribute(tokens)
-        target = (
-            target_path or self._volumes / pod.uid / "volumes" / "kubernetes.io~csi" / class_name / "mount"
-        )
+        target = target_path or self._volumes / pod.uid / "volumes" / "kubernetes.io~csi" / class_name / "mount"
         request = service_pb2.MountRequest(
             attributes=json.dumps(attributes),
             secrets=json.dumps(secrets if secrets is None else dict(secrets)),
@@ -171,9 +169,7 @@ class Driver:
         request = service_pb2.MountRequest()
         request.CopyFrom(outcome.request)
         if tokens is not None:
-            request.attributes = json.dumps(
-                json.loads(request.attributes) | {_TOKENS: _token_attribute(tokens)}
-            )
+            request.attributes = json.dumps(json.loads(request.attributes) | {_TOKENS: _token_attribute(tokens)})
         return self.send(outcome.pod, request)
 
     def send(self, pod: Pod, request: service_pb2.MountRequest) -> MountOutcome:
@@ -271,18 +267,13 @@ def _check_path(path: str) -> None:
         raise DriverError(f"path {path!r} leaves the volume")
     if elements[0].startswith(".."):
         raise DriverError(f"path {path!r} begins with '..', which the driver keeps for itself")
-    if len(path.encode()) > MAX_PATH_BYTES or any(
-        len(part.encode()) > MAX_ELEMENT_BYTES for part in elements
-    ):
+    if len(path.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_ELEMENT_BYTES for part in elements):
         raise DriverError(f"a path of {len(path.encode())} bytes is too long, or one of its elements is")
 
 
 def _token_attribute(tokens: Mapping[str, str]) -> str:
     return json.dumps(
-        {
-            audience: {"token": token, "expirationTimestamp": _expiry(token)}
-            for audience, token in tokens.items()
-        }
+        {audience: {"token": token, "expirationTimestamp": _expiry(token)} for audience, token in tokens.items()}
     )
 
 

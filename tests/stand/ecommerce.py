@@ -8,7 +8,7 @@ from typing import Self
 
 import yaml
 
-from tests.stand.kubeapi import KubeApi
+from tests.stand.kubeapi import KubeApi, Pod
 from tests.stand.openbao import OpenBao
 from tests.stand.postgres import Postgres
 from tests.stand.process import StandError
@@ -36,15 +36,21 @@ _READ_WRITE = 'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA publ
 class EcommerceStand:
     """PostgreSQL, the Kubernetes API and OpenBao set up for the shop, used as a context manager.
 
-    Policies, roles and secrets are those of the example's page: role `ecommerce-app` for the service account
-    `ecommerce-service-account` of namespace `ecommerce`, the database roles `ecommerce-readonly` and
-    `ecommerce-readwrite` (1h, at most 24h), and the key `api_key` at `ecommerce/data/shared/config`.
+    Policies, roles and secrets are those that the example's comment sets up: role `ecommerce-app` for the
+    service account `ecommerce-service-account` of namespace `ecommerce`, the database roles
+    `ecommerce-readonly` and `ecommerce-readwrite` (1h, at most 24h), and the key `api_key` at
+    `ecommerce/data/shared/config`.
+
+    `audience` is what the login role asks of a token and what `tokens` are for: an installation whose
+    CSIDriver object has `tokenRequests`. With None it has none, so the driver sends no token, and the role
+    takes one for the API server's own audience. `audit` is OpenBao's.
     """
 
     api_key = "shop-key-0001"
     """The first value of `api_key`; `rotate_api_key` changes it."""
 
-    def __init__(self, *, audit: bool = False) -> None:
+    def __init__(self, *, audience: str | None = AUDIENCE, audit: bool = False) -> None:
+        self._audience = audience
         self.postgres = Postgres()
         self.kube = KubeApi()
         self.openbao = OpenBao(audit=audit)
@@ -69,19 +75,20 @@ class EcommerceStand:
         """The example class's parameters, with this stand's address for the cluster's."""
         return example_parameters(EXAMPLE) | {"vaultAddress": self.openbao.address}
 
-    def tokens(self) -> dict[str, str]:
-        """Fresh tokens of the pod, by audience, as the driver sends them."""
-        token = self.kube.issue_token(NAMESPACE, SERVICE_ACCOUNT, audiences=[AUDIENCE], pod=self.pod)
-        return {AUDIENCE: token}
+    def tokens(self, pod: Pod | None = None) -> dict[str, str] | None:
+        """Fresh tokens of `pod` (default: `self.pod`), by audience, as the driver sends them."""
+        if self._audience is None:
+            return None
+        bound = pod or self.pod
+        token = self.kube.issue_token(bound.namespace, bound.service_account, audiences=[self._audience], pod=bound)
+        return {self._audience: token}
 
     def rotate_api_key(self, value: str) -> None:
         """Write a new version of the secret that holds `api_key`."""
         self.openbao.write_kv("ecommerce/data/shared/config", {"api_key": value})
 
     def _fill_database(self) -> None:
-        self.postgres.query(
-            "CREATE TABLE products (id int PRIMARY KEY, name text NOT NULL, price numeric(8, 2))"
-        )
+        self.postgres.query("CREATE TABLE products (id int PRIMARY KEY, name text NOT NULL, price numeric(8, 2))")
         self.postgres.query("INSERT INTO products VALUES (1, 'Teapot', 24.90), (2, 'Kettle', 39.00)")
 
     def _set_up_openbao(self) -> None:
@@ -100,10 +107,9 @@ class EcommerceStand:
             "ecommerce-app",
             bound_service_account_names=[SERVICE_ACCOUNT],
             bound_service_account_namespaces=[NAMESPACE],
-            audience=AUDIENCE,
             token_policies=["ecommerce-policy"],
-            token_ttl="1h",
-            token_max_ttl="24h",
+            token_ttl="24h",
+            **({} if self._audience is None else {"audience": self._audience}),
         )
 
 

@@ -238,9 +238,7 @@ class KubeApi:
             "kind": "Config",
             "clusters": [{"name": "stand", "cluster": cluster}],
             "users": [{"name": name, "user": {"token": self.issue_token(namespace, name)}}],
-            "contexts": [
-                {"name": "stand", "context": {"cluster": "stand", "user": name, "namespace": namespace}}
-            ],
+            "contexts": [{"name": "stand", "context": {"cluster": "stand", "user": name, "namespace": namespace}}],
             "current-context": "stand",
         }
         path.touch(mode=0o600)
@@ -330,9 +328,7 @@ class KubeApi:
         """The stored Secret, or None."""
         return self._secrets.get((namespace, name))
 
-    def put_secret(
-        self, namespace: str, name: str, data: dict[str, bytes], *, immutable: bool = False
-    ) -> None:
+    def put_secret(self, namespace: str, name: str, data: dict[str, bytes], *, immutable: bool = False) -> None:
         """Store a Secret from the outside, replacing one of that name."""
         encoded = {key: base64.b64encode(value).decode() for key, value in data.items()}
         body = {"metadata": {"name": name}, "data": encoded, "immutable": immutable, "type": "Opaque"}
@@ -358,9 +354,7 @@ class KubeApi:
     def deny(self, verb: str, resource: str, *, account: tuple[str, str] | None = None) -> None:
         """Take every permission for a verb on a resource from `account`, default the provider's."""
         key = account or self.provider
-        kept = {
-            rule for rule in self._rules.get(key, set()) if (rule.verb, rule.resource) != (verb, resource)
-        }
+        kept = {rule for rule in self._rules.get(key, set()) if (rule.verb, rule.resource) != (verb, resource)}
         self._rules[key] = kept
 
     def fail(
@@ -407,6 +401,10 @@ class KubeApi:
             started.set()
             await self._stopping.wait()
         finally:
+            # As when a server dies: without waiting for clients to agree to the end of TLS.
+            for connection in runner.server.connections if runner.server else ():
+                if connection.transport is not None:
+                    connection.transport.abort()
             await runner.cleanup()
 
     def _tls(self) -> ssl.SSLContext:
@@ -578,15 +576,15 @@ class KubeApi:
                 409,
                 "Conflict",
                 f'Operation cannot be fulfilled on Pod "{name}": the UID in the bound object reference '
-                f"({uid}) does not match the UID in record. The object might have been deleted and then recreated",
+                f"({uid}) does not match the UID in record. The object might have been deleted and then "
+                f"recreated",
                 {"name": name, "kind": "Pod"},
             )
         if pod.service_account != account:
             raise _Refusal(
                 400,
                 "BadRequest",
-                f'cannot bind token for serviceaccount "{account}" to pod running with different '
-                f"serviceaccount name.",
+                f'cannot bind token for serviceaccount "{account}" to pod running with different serviceaccount name.',
             )
         return pod
 
@@ -687,11 +685,7 @@ def _wants(request: web.Request, kind: str) -> bool:
     accepted = re.sub(r"\s", "", ",".join(request.headers.getall("Accept", [])))
     for offer in accepted.split(","):
         parameters = dict(part.partition("=")[::2] for part in offer.split(";")[1:])
-        if (
-            parameters.get("as") == kind
-            and parameters.get("g") == "meta.k8s.io"
-            and parameters.get("v") == "v1"
-        ):
+        if parameters.get("as") == kind and parameters.get("g") == "meta.k8s.io" and parameters.get("v") == "v1":
             return True
     return False
 

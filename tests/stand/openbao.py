@@ -226,9 +226,7 @@ class OpenBao:
         }
         self.api("POST", f"auth/{mount}/config", config, namespace=namespace)
 
-    def enable_jwt_auth(
-        self, mount: str, public_key_pem: bytes, issuer: str, *, namespace: str | None = None
-    ) -> None:
+    def enable_jwt_auth(self, mount: str, public_key_pem: bytes, issuer: str, *, namespace: str | None = None) -> None:
         """Mount the jwt method, checking tokens of `issuer` with its public key."""
         self.api("POST", f"sys/auth/{mount}", {"type": "jwt"}, namespace=namespace)
         config = {"jwt_validation_pubkeys": [public_key_pem.decode()], "bound_issuer": issuer}
@@ -420,7 +418,9 @@ class OpenBao:
         return config
 
     def _await_active(self) -> None:
-        # Looking up our own token shows that it is active, and that it is our server on that port.
+        # A standby, which raft begins as, answers reads; its health is 429.
+        self._await(lambda: self.api("GET", "sys/health", token=""))
+        # Looking up our own token shows that it is our server on that port.
         self._await(lambda: self.api("GET", "auth/token/lookup-self"))
 
     def _printed_unseal_key(self) -> str:

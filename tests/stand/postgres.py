@@ -49,9 +49,7 @@ class Postgres:
     def __enter__(self) -> Self:
         # Not TMPDIR where that is a private directory: `nobody` could not come in.
         base = Path(tempfile.gettempdir())
-        self._directory = Path(
-            tempfile.mkdtemp(prefix="stand-pg-", dir=base if self._reachable(base) else "/tmp")
-        )
+        self._directory = Path(tempfile.mkdtemp(prefix="stand-pg-", dir=base if self._reachable(base) else "/tmp"))
         try:
             if self._owner is not None:
                 os.chown(self._directory, *self._owner)
@@ -100,16 +98,16 @@ class Postgres:
         try:
             self._connect(user, password).close()
         except psycopg.OperationalError as error:
-            if "authentication failed" in str(error) or "not permitted to log in" in str(error):
+            # The last one is libpq's own, for an empty password that the server asked for.
+            refusals = ("authentication failed", "not permitted to log in", "no password supplied")
+            if any(refusal in str(error) for refusal in refusals):
                 return False
             raise
         return True
 
     def users(self, like: str = "%") -> list[str]:
         """The names of the login roles that match the SQL pattern."""
-        rows = self.query(
-            "SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE %s ORDER BY 1", (like,)
-        )
+        rows = self.query("SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE %s ORDER BY 1", (like,))
         return [name for (name,) in rows]
 
     def _connect(self, user: str | None, password: str | None) -> psycopg.Connection[tuple[Any, ...]]:
@@ -193,9 +191,7 @@ class Postgres:
                 return
             except psycopg.OperationalError as error:
                 if time.monotonic() > deadline:
-                    raise StandError(
-                        f"PostgreSQL is not ready after {_START_TIMEOUT:.0f} s: {error}"
-                    ) from error
+                    raise StandError(f"PostgreSQL is not ready after {_START_TIMEOUT:.0f} s: {error}") from error
             time.sleep(0.02)
 
     def _find_bin(self) -> Path:
@@ -203,9 +199,7 @@ class Postgres:
         # Found, not imported: the package's own start-up creates lock files and a system user.
         spec = importlib.util.find_spec("pgserver")
         if spec is None or spec.origin is None:
-            raise StandError(
-                "PostgreSQL is missing: `pip install pgserver` brings it (a real server in a wheel)"
-            )
+            raise StandError("PostgreSQL is missing: `pip install pgserver` brings it (a real server in a wheel)")
         installed = Path(spec.origin).parent / "pginstall"
         if self._reachable(installed / "bin" / "postgres"):
             return installed / "bin"
