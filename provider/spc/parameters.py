@@ -1,0 +1,313 @@
+"""The attributes that the driver sends -> pod, Vault server and login (docs/contract.md sections 1 and 2)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import urlsplit
+
+from provider.redact import Sensitive
+from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
+from provider.spc import paths
+from provider.spc.findings import Findings, Refused, show
+from provider.spc.model import Login, Pod, VaultServer
+
+POD_NAME: Final = "csi.storage.k8s.io/pod.name"
+POD_NAMESPACE: Final = "csi.storage.k8s.io/pod.namespace"
+POD_UID: Final = "csi.storage.k8s.io/pod.uid"
+SERVICE_ACCOUNT: Final = "csi.storage.k8s.io/serviceAccount.name"
+TOKENS: Final = "csi.storage.k8s.io/serviceAccount.tokens"
+CLASS_NAME: Final = "secretProviderClass"
+_DRIVERS_OWN: Final = "csi.storage.k8s.io/"
+
+# The spellings of a prefix, the winner first (docs/contract.md section 2).
+_PREFIXES: Final = ("bao", "openbao", "vault")
+_PREFIXED: Final = (
+    "Address",
+    "Namespace",
+    "AuthMountPath",
+    "KubernetesMountPath",
+    "CACertPath",
+    "CADirectory",
+    "TLSServerName",
+    "TLSClientCertPath",
+    "TLSClientKeyPath",
+    "SkipTLSVerify",
+    "RoleName",
+)
+_SPELLINGS: Final = {
+    name: (*(prefix + name for prefix in _PREFIXES), *(("roleName",) if name == "RoleName" else ()))
+    for name in _PREFIXED
+}
+KNOWN: Final = (
+    "roleName",
+    "audience",
+    "objects",
+    *(spelling for name in _PREFIXED for spelling in _SPELLINGS[name]),
+)
+
+# A class has some 20 parameters, and a Secret holds 1 MiB.
+_MAX_ENTRIES: Final = 1000
+# A pod has a token or two, of a few KiB each; JSON that is all brackets takes 30 times its size in memory.
+_MAX_TOKENS_BYTES: Final = 256 * 1024
+
+# Kubernetes' own names: they stand in URLs of its API.
+_KUBERNETES_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_SPACE: Final = (" ", "\t", "\r", "\n")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Go's strconv.ParseBool, which the Go providers read it with.
+_TRUE: Final = ("1", "t", "T", "TRUE", "true", "True")
+_FALSE: Final = ("0", "f", "F", "FALSE", "false", "False")
+_SCHEMES: Final = "write http://host:port, https://host:port or unix:///path/to/socket"
+
+
+def string_map(text: str) -> dict[str, str]:
+    """A JSON object of strings, of at most MAX_ATTRIBUTES_BYTES. Raises Refused, never repeating a value.
+
+    Go's map[string]string is all that the driver sends, so nothing else is ever built in memory.
+    """
+    if len(text) > MAX_ATTRIBUTES_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_ATTRIBUTES_BYTES:
+        raise Refused(f"is larger than {MAX_ATTRIBUTES_BYTES} bytes", "make the class smaller")
+    decoder = json.JSONDecoder()
+    entries: dict[str, str] = {}
+    at = _after(text, 0, "{")
+    at = _skip(text, at)
+    more = text[at : at + 1] != "}"
+    if not more:
+        at += 1
+    while more:
+        key, at = _string(decoder, text, at, "a name")
+        at = _after(text, at, ":")
+        entries[key], at = _string(decoder, text, at, f"the value of {show(key)}")
+        at = _after(text, at, ",}")
+        more = text[at - 1] == ","
+        if len(entries) > _MAX_ENTRIES:
+            raise Refused(f"has more than {_MAX_ENTRIES} entries", "remove those that are not needed")
+    if _skip(text, at) != len(text):
+        raise _not_json("there is text after its end")
+    return entries
+
+
+def _skip(text: str, at: int) -> int:
+    """The position of what follows the white space at ``at``."""
+    while text[at : at + 1] in _SPACE:
+        at += 1
+    return at
+
+
+def _after(text: str, at: int, expected: str) -> int:
+    at = _skip(text, at)
+    if text[at : at + 1] not in tuple(expected):
+        raise _not_json(f"{' or '.join(expected)} is missing at character {at}")
+    return at + 1
+
+
+def _string(decoder: json.JSONDecoder, text: str, at: int, what: str) -> tuple[str, int]:
+    at = _skip(text, at)
+    value = None
+    end = at
+    if text[at : at + 1] == '"':
+        # The error is not chained: the decoder's carries the whole text along.
+        with contextlib.suppress(ValueError):
+            decoded, end = decoder.raw_decode(text, at)
+            # A lone surrogate is no character; nothing could send it on.
+            decoded.encode()
+            value = str(decoded)
+    if value is None:
+        raise _not_json(f"{what} is not a string")
+    return value, end
+
+
+def _not_json(problem: str) -> Refused:
+    return Refused(
+        f"is not a JSON object of strings, {problem}", "the driver writes it: look at the driver's version"
+    )
+
+
+def permission(text: str) -> int:
+    """The request's permission, the mode of files: a JSON number, 0 to 0777 (in decimal, as 420). Raises Refused."""
+    if not re.fullmatch("0|[1-9][0-9]{0,2}", text) or int(text) > 0o777:
+        raise Refused("is not a number from 0 to 511", "the driver sends the mode in decimal, 420 for 0644")
+    return int(text)
+
+
+def tokens(text: str) -> dict[str, Sensitive[str]]:
+    """The JWTs that kubelet made for the pod, by audience. Raises Refused, repeating nothing of the text."""
+    found: object = None
+    if len(text) <= _MAX_TOKENS_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(text)
+            found = {} if found is None else found
+    by_audience: dict[str, Sensitive[str]] = {}
+    if isinstance(found, dict):
+        for audience, entry in found.items():
+            token = entry.get("token") if isinstance(entry, dict) else None
+            if isinstance(token, str) and token and token.isascii():
+                by_audience[audience] = Sensitive(token)
+    if not isinstance(found, dict) or len(by_audience) != len(found):
+        raise Refused(
+            "is not a JSON object of tokens by audience",
+            "kubelet writes it: do not set it in parameters or volumeAttributes",
+        )
+    return by_audience
+
+
+def address(text: str) -> str:
+    """A Vault address without a slash at its end, its scheme and host in lower case. Raises Refused."""
+    if re.search(r"[\x00-\x20\x7f-\xa0]", text):
+        raise Refused("holds white space or a control character", _SCHEMES)
+    try:
+        url = urlsplit(text)
+        _ = url.port  # parsed when asked for
+    except ValueError:
+        raise Refused("is not a URL", _SCHEMES) from None
+    if "@" in url.netloc:
+        raise Refused(
+            "holds a user or a password", "write the address without them; roleName is how to log in"
+        )
+    if url.scheme not in ("http", "https", "unix"):
+        raise Refused("has no known scheme", _SCHEMES)
+    if "?" in text or "#" in text:
+        raise Refused("has a query or a fragment", "write the address without it")
+    if url.scheme == "unix" and (url.netloc or not url.path.strip("/")):
+        raise Refused("names no socket by its absolute path", _SCHEMES)
+    if url.scheme != "unix" and not url.hostname:
+        raise Refused("has no host", _SCHEMES)
+    paths.refuse_dots(url.path)
+    return f"{url.scheme}://{url.netloc.lower()}{url.path.rstrip('/')}"
+
+
+class Parameters:
+    """The attributes by meaning, whichever way they are spelled. What is wrong goes to ``findings``."""
+
+    def __init__(self, attributes: Mapping[str, str], findings: Findings) -> None:
+        self._attributes = attributes
+        self._findings = findings
+        authors = [key for key in attributes if key != CLASS_NAME and not key.startswith(_DRIVERS_OWN)]
+        findings.unknown("parameters", "parameter", authors, KNOWN)
+
+    def text(self, name: str) -> str:
+        """The attribute of exactly this name; "" where it is unset."""
+        return self._attributes.get(name, "")
+
+    def pod(self) -> Pod:
+        """The pod; all its fields are required."""
+        return Pod(
+            namespace=self._kubernetes_name(POD_NAMESPACE),
+            name=self._kubernetes_name(POD_NAME),
+            uid=self._kubernetes_name(POD_UID),
+            service_account=self._kubernetes_name(SERVICE_ACCOUNT),
+        )
+
+    def tokens(self, secrets: str) -> dict[str, Sensitive[str]]:
+        """The pod's JWTs, from the attributes and from the request's ``secrets``, which may hold the same key.
+
+        What ``secrets`` holds wins: a class's author can put a key into attributes, but not there.
+        """
+        found = self._tokens_at(TOKENS, self.text(TOKENS))
+        if secrets.strip() not in ("", "null"):
+            published: dict[str, str] = self._findings.attempt("secrets", string_map, secrets, {})
+            found |= self._tokens_at(f"secrets {TOKENS}", published.get(TOKENS, ""))
+        return found
+
+    def server(self, settings: Settings) -> VaultServer:
+        """Where Vault is: each parameter of the class over the operator's setting."""
+        given, spelling = self._folded("Address")
+        # A password in it would be shown.
+        where = f"{spelling} {show(given)}" if given and "@" not in given else spelling
+        return VaultServer(
+            address=(
+                self._findings.attempt(where, address, given, "")
+                if given
+                else self._findings.attempt("the daemon's vault-addr", address, settings.vault_addr, "")
+            ),
+            namespace=self._or("Namespace", settings.vault_namespace).strip("/"),
+            tls=self._tls(settings.tls),
+        )
+
+    def login(self, settings: Settings) -> Login:
+        """How the pod logs in."""
+        role, _ = self._folded("RoleName")
+        if not role:
+            self._findings.fault("roleName", "is missing", "name the Vault role to log in with")
+        mount, mount_spelling = self._folded("AuthMountPath")
+        older, older_spelling = self._folded("KubernetesMountPath")
+        if mount and older:
+            self._findings.fault(
+                f"{mount_spelling} {show(mount)}",
+                f"is given besides {older_spelling} {show(older)}",
+                "remove one",
+            )
+        given = mount or older
+        where = (
+            f"{mount_spelling if mount else older_spelling} {show(given)}"
+            if given
+            else "the daemon's vault-mount"
+        )
+        return Login(
+            mount=self._findings.attempt(where, paths.auth_mount, given or settings.vault_mount, ""),
+            role=role,
+            audience=self.text("audience") or None,
+        )
+
+    def _folded(self, name: str) -> tuple[str, str]:
+        """The value and the spelling that win for a parameter; ("", usual spelling) where none is given."""
+        given = [(self._attributes[key], key) for key in _SPELLINGS[name] if self._attributes.get(key)]
+        if not given:
+            return "", f"vault{name}"
+        value, winner = given[0]
+        losers = [key for other, key in given if other != value]
+        if losers:
+            self._findings.warn(winner, f"wins over {' and '.join(losers)}, which differs")
+        return value, winner
+
+    def _or(self, name: str, default: str) -> str:
+        value, spelling = self._folded(name)
+        if _CONTROL.search(value):
+            self._findings.fault(f"{spelling} {show(value)}", "holds a control character", "remove it")
+        return value or default
+
+    def _tls(self, operators: TlsSettings) -> TlsSettings:
+        skip, spelling = self._folded("SkipTLSVerify")
+        tls = TlsSettings(
+            ca_cert=self._or("CACertPath", operators.ca_cert),
+            ca_directory=self._or("CADirectory", operators.ca_directory),
+            server_name=self._or("TLSServerName", operators.server_name),
+            client_cert=self._or("TLSClientCertPath", operators.client_cert),
+            client_key=self._or("TLSClientKeyPath", operators.client_key),
+            skip_verify=(
+                self._findings.attempt(f"{spelling} {show(skip)}", _boolean, skip, False)
+                if skip
+                else operators.skip_verify
+            ),
+        )
+        if bool(tls.client_cert) != bool(tls.client_key):
+            missing, present = ("Key", "Cert") if tls.client_cert else ("Cert", "Key")
+            self._findings.fault(
+                f"vaultTLSClient{missing}Path",
+                f"is missing where vaultTLSClient{present}Path is given",
+                "give the client's certificate and its key, or neither",
+            )
+        return tls
+
+    def _tokens_at(self, where: str, text: str) -> dict[str, Sensitive[str]]:
+        return self._findings.attempt(where, tokens, text, {}) if text else {}
+
+    def _kubernetes_name(self, key: str) -> str:
+        value = self.text(key)
+        if not value:
+            self._findings.fault(key, "is missing", "the CSIDriver object needs podInfoOnMount: true")
+        elif not _KUBERNETES_NAME.fullmatch(value):
+            self._findings.fault(
+                f"{key} {show(value)}", "is not a name that Kubernetes gives", "do not set it in the class"
+            )
+        return value
+
+
+def _boolean(text: str) -> bool:
+    if text not in _TRUE + _FALSE:
+        raise Refused("is not a boolean", 'write "true" or "false"')
+    return text in _TRUE

@@ -1,0 +1,98 @@
+"""The rules for paths: of files in the volume, of requests to Vault, of auth mounts."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+from urllib.parse import parse_qsl
+
+from provider.settings import MAX_PATH_BYTES, MAX_PATH_ELEMENT_BYTES
+from provider.spc.findings import Refused
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_HEX: Final = frozenset("0123456789abcdefABCDEF")
+
+
+def object_name(name: str) -> str:
+    """``name`` as a path in the volume (docs/contract.md section 1, Paths). Raises Refused."""
+    if "\0" in name:
+        raise Refused("holds a NUL character", "remove it")
+    if name.startswith("/"):
+        raise Refused("is absolute", "write a path relative to the volume")
+    elements = name.split("/")
+    if ".." in elements or elements[0].startswith(".."):
+        raise Refused("has an element .. or begins with ..", "write a path inside the volume")
+    if "" in elements or "." in elements:
+        raise Refused("is not a clean path", "write it without //, /./ and without a slash at its end")
+    if len(name.encode()) > MAX_PATH_BYTES:
+        raise Refused(f"is longer than {MAX_PATH_BYTES} bytes", "shorten it")
+    if any(len(element.encode()) > MAX_PATH_ELEMENT_BYTES for element in elements):
+        raise Refused(f"has an element longer than {MAX_PATH_ELEMENT_BYTES} bytes", "shorten it")
+    return name
+
+
+def clashes(names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of indices whose names are the same, or where the first's is the directory of the second's.
+
+    Each name that clashes is in one pair at least. ``names`` are legal object names.
+    """
+    # With / below every other character, whatever lies under a name follows it directly.
+    keys = [name.replace("/", "\0") for name in names]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    for first, second in itertools.pairwise(order):
+        if keys[second] == keys[first] or keys[second].startswith(keys[first] + "\0"):
+            yield first, second
+
+
+def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The path (no leading slash, no ``v1/``) and the query of a ``secretPath``. Raises Refused.
+
+    A percent sign is literal text in the path. HTTP clients fold ``.`` and ``..`` into another path, some of them
+    after decoding, so such elements are refused however they are spelled (docs/contract.md section 2).
+    """
+    if _CONTROL.search(text):
+        raise Refused("holds a control character", "remove it")
+    before, _, query = text.partition("?")
+    path = _fold(before).removeprefix("/").removeprefix("v1/")
+    if not path:
+        raise Refused("is empty", "name the API path, for example secret/data/app")
+    refuse_dots(path)
+    return path, tuple(parse_qsl(query, keep_blank_values=True))
+
+
+def auth_mount(text: str) -> str:
+    """The name of an auth mount: no slashes around it, no leading ``auth/``. Raises Refused."""
+    if _CONTROL.search(text):
+        raise Refused("holds a control character", "remove it")
+    mount = _fold(text).strip("/").removeprefix("auth/")
+    if not mount:
+        raise Refused("is empty", "name the auth mount, for example kubernetes")
+    refuse_dots(mount)
+    return mount
+
+
+def refuse_dots(path: str) -> None:
+    """Raise Refused if an element of ``path`` is ``.`` or ``..``, as it stands or percent-decoded."""
+    if not {".", ".."}.isdisjoint([*path.split("/"), *_decoded(path).split("/")]):
+        raise Refused("has an element . or ..", "write the path that is meant, without dots")
+
+
+def _fold(path: str) -> str:
+    return re.sub(r"/{2,}", "/", path)
+
+
+def _decoded(text: str) -> str:
+    """``text`` percent-decoded until nothing is left to decode, in one pass: ``%252e`` and ``%%32e`` are dots too.
+
+    Escapes never overlap, so decoding each as soon as it is complete gives what repeated passes would.
+    """
+    if "%" not in text:
+        return text
+    out: list[str] = []
+    for character in text:
+        out.append(character)
+        while len(out) >= 3 and out[-3] == "%" and out[-2] in _HEX and out[-1] in _HEX:
+            out[-3:] = [chr(int(out[-2] + out[-1], 16))]
+    return "".join(out)
