@@ -1,0 +1,127 @@
+"""Object versions tell that something changed, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from provider.redact import Sensitive
+from provider.spc.model import Encoding, ObjectSpec, SecretRequest
+from provider.versions import object_version
+
+KEY = bytes(range(32))
+REQUEST = SecretRequest("GET", "ecommerce/data/app", (("version", "2"),), Sensitive('{"ttl":"1h"}'))
+SPEC = ObjectSpec("db/password", REQUEST, "password", 0o640, Encoding.UTF8)
+
+# Few letters, so that parts of neighbouring fields often are the same and only their borders differ.
+texts = st.text("ab\ud800\0", max_size=3)
+requests = st.builds(
+    SecretRequest,
+    method=texts,
+    path=texts,
+    query=st.lists(st.tuples(texts, texts), max_size=2).map(tuple),
+    body=st.none() | texts.map(Sensitive),
+)
+specs = st.builds(
+    ObjectSpec,
+    name=texts,
+    request=requests,
+    key=st.none() | texts,
+    mode=st.integers(0, 0o777),
+    encoding=st.sampled_from(Encoding),
+)
+contents = st.binary(max_size=3)
+
+
+def test_without_a_key_the_version_is_empty() -> None:
+    """No key, no version: a plain hash would let anybody test guesses of the content."""
+    assert object_version(None, SPEC, b"content") == ""
+
+
+def test_the_version_is_an_hmac_under_the_key() -> None:
+    """A version is 64 hex digits, the same each time, and another under another key."""
+    version = object_version(KEY, SPEC, b"content")
+    assert len(bytes.fromhex(version)) == 32
+    assert version == object_version(KEY, SPEC, b"content")
+    assert version != object_version(KEY[::-1], SPEC, b"content")
+
+
+def test_the_layout_is_the_documented_one() -> None:
+    """The bytes under the HMAC are those of docs/decisions/object-versions.md; versions survive releases."""
+
+    def sized(part: bytes) -> bytes:
+        return len(part).to_bytes(8, "big") + part
+
+    message = (
+        sized(b"vault-csi-provider object version 1")
+        + sized(b"db/password")
+        + sized(b"GET")
+        + sized(b"ecommerce/data/app")
+        + sized(sized(b"version") + sized(b"2"))
+        + b"\x01"
+        + sized(b'{"ttl":"1h"}')
+        + b"\x01"
+        + sized(b"password")
+        + sized(b"416")
+        + sized(b"utf-8")
+        + b"content"
+    )
+    assert object_version(KEY, SPEC, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataclasses.replace(SPEC, name="db/passwords"),
+        dataclasses.replace(SPEC, key="Password"),
+        dataclasses.replace(SPEC, key=None),
+        dataclasses.replace(SPEC, key=""),
+        dataclasses.replace(SPEC, mode=0o600),
+        dataclasses.replace(SPEC, encoding=Encoding.HEX),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, method="POST")),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, path="ecommerce/data/apps")),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, query=())),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, query=(("version", "3"),))),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, body=Sensitive('{"ttl":"2h"}'))),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, body=None)),
+        dataclasses.replace(SPEC, request=dataclasses.replace(REQUEST, body=Sensitive(""))),
+    ],
+)
+def test_each_field_of_the_definition_counts(other: ObjectSpec) -> None:
+    """Any change of the object's definition, its request body included, is a new version."""
+    assert object_version(KEY, other, b"content") != object_version(KEY, SPEC, b"content")
+
+
+def test_the_content_counts() -> None:
+    """Rotated content is a new version."""
+    assert object_version(KEY, SPEC, b"content") != object_version(KEY, SPEC, b"contents")
+
+
+@given(specs, contents, specs, contents)
+def test_only_equal_objects_have_equal_versions(
+    spec: ObjectSpec, content: bytes, other: ObjectSpec, changed: bytes
+) -> None:
+    """Nothing can move from one field to the next without changing the version."""
+    equal = object_version(KEY, spec, content) == object_version(KEY, other, changed)
+    assert equal == ((spec, content) == (other, changed))
+
+
+@given(texts, texts, contents, st.integers(0, 3))
+def test_bytes_that_change_fields_change_the_version(
+    first: str, second: str, content: bytes, split: int
+) -> None:
+    """The same letters, cut elsewhere between name and method, are another definition."""
+    letters = first + second
+    spec = dataclasses.replace(
+        SPEC, name=first, request=dataclasses.replace(REQUEST, method=second, path="", query=(), body=None)
+    )
+    moved = dataclasses.replace(
+        spec, name=letters[:split], request=dataclasses.replace(spec.request, method=letters[split:])
+    )
+    equal = object_version(KEY, spec, content) == object_version(KEY, moved, content)
+    assert equal == (spec == moved)
