@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tests.stand.kubeapi import AUDIENCE, KubeApi, Pod
 from tests.stand.openbao import OpenBao, OpenBaoError
 from tests.stand.pki import Authority
 from tests.stand.process import Process, StandError, free_port
+from tests.stand.waiting import eventually
 
 POD = Pod("shop", "web-0", "4f5c2a34-0000-4000-8000-000000000001", "web", "node-1", "Running")
 
@@ -314,8 +315,7 @@ class TestKubeApi:
         kube.stall(60)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(call, kube, "GET", "/api/v1/pods")
-            while not kube.requests:
-                time.sleep(0.01)
+            eventually(lambda: bool(kube.requests), "the request's arrival")
             kube.stop()
             with pytest.raises(OSError):  # noqa: PT011 - closed or reset, as the kernel has it
                 waiting.result()
@@ -401,8 +401,9 @@ class TestEcommerce:
         assert not shop.postgres.can_login(user, "")
         assert not shop.postgres.can_login("nobody", password)
         shop.openbao.api("POST", "auth/token/revoke-self", token=auth["client_token"])
-        assert not shop.postgres.can_login(user, password)
-        assert shop.openbao.leases("database/creds") == []
+        # OpenBao answers at once and revokes the token's leases afterwards.
+        eventually(lambda: not shop.postgres.can_login(user, password), "the user's end")
+        eventually(lambda: shop.openbao.leases("database/creds") == [], "the lease's end")
 
     def test_policy_covers_what_the_class_reads_and_no_more(self, shop: EcommerceStand) -> None:
         """The shared key is readable, the mount's other paths and other engines are not."""
@@ -689,13 +690,6 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 class TestProcess:
     def test_child_dies_with_a_killed_parent(self, tmp_path: Path) -> None:
         """A parent that is killed, and so cleans nothing up, leaves no process behind."""
@@ -708,18 +702,20 @@ class TestProcess:
         with parent:
             assert parent.stdout is not None
             child = int(parent.stdout.readline())
-            wait_until(lambda: Path(f"/proc/{child}/comm").read_text().strip() == "sleep")
+            comm = Path(f"/proc/{child}/comm")
+            eventually(lambda: comm.read_text().strip() == "sleep", "the child's start")
             parent.kill()
-        wait_until(lambda: gone(child))
+        eventually(lambda: gone(child), "the child's end")
 
     def test_child_outlives_the_thread_that_started_it(self, tmp_path: Path) -> None:
         """A part started on a short-lived thread keeps running."""
         started: list[Process] = []
+        log = tmp_path / "log"
         command = ["/bin/sh", "-c", "echo ready; exec sleep 600"]
-        thread = threading.Thread(target=lambda: started.append(Process(command, log=tmp_path / "log")))
+        thread = threading.Thread(target=lambda: started.append(Process(command, log=log)))
         thread.start()
-        wait_until(lambda: (tmp_path / "log").exists() and "ready" in (tmp_path / "log").read_text())
         thread.join()
+        eventually(lambda: log.read_text() == "ready\n", "the command's start")
         assert started[0].wait(0.2) is None
         assert started[0].stop() == -signal.SIGTERM
 
@@ -727,13 +723,13 @@ class TestProcess:
         """A command that is paused and ignores SIGTERM is killed, and its own children with it."""
         command = "trap '' TERM; sleep 600 & echo $!; wait; wait"
         process = Process(["/bin/sh", "-c", command], log=tmp_path / "log")
-        wait_until(lambda: (tmp_path / "log").read_text().endswith("\n"))
+        eventually(lambda: (tmp_path / "log").read_text().endswith("\n"), "the command's start")
         grandchild = int((tmp_path / "log").read_text())
         process.signal(signal.SIGSTOP)
         assert process.running
         assert process.stop(grace=0.1) == -signal.SIGKILL
         assert not process.running
-        wait_until(lambda: gone(grandchild))
+        eventually(lambda: gone(grandchild), "the grandchild's end")
         process.kill()  # A second time is no error.
 
     def test_missing_command_is_said_plainly(self, tmp_path: Path) -> None:

@@ -98,8 +98,12 @@ class Postgres:
         try:
             self._connect(user, password).close()
         except psycopg.OperationalError as error:
-            # The last one is libpq's own, for an empty password that the server asked for.
-            refusals = ("authentication failed", "not permitted to log in", "no password supplied")
+            refusals = (
+                "authentication failed",
+                "not permitted to log in",
+                f'role "{user}" does not exist',  # Dropped while it was logging in.
+                "no password supplied",  # libpq's own words, for an empty one.
+            )
             if any(refusal in str(error) for refusal in refusals):
                 return False
             raise
