@@ -1,0 +1,265 @@
+"""The daemon's log: one event a line on stderr, as JSON for machines or as text for people.
+
+The rooms log through the standard library (``logging.getLogger(__name__)``, details in ``extra``); what happens to
+an event from there on is decided here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Literal
+
+from provider.errors import ProviderError
+from provider.redact import one_line
+
+# The level names of the Go provider's logger, hclog.
+LEVELS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "trace": 5,
+        "debug": logging.DEBUG,
+        "info": logging.INFO,
+        "warn": logging.WARNING,
+        "error": logging.ERROR,
+        "off": logging.CRITICAL + 1,
+    }
+)
+# Long enough for a message of a mount error (4 KiB), short enough for collectors that cut at 16 KiB.
+MAX_FIELD: Final = 4096
+# Frames of one exception that are told, innermost last.
+MAX_FRAMES: Final = 24
+# Lines that wait for a reader of stderr that is slow; what comes on top is counted and dropped, since a full pipe
+# must not stop mounts.
+MAX_WAITING: Final = 2000
+# Seconds that the end of the process waits for the reader of stderr.
+FLUSH_SECONDS: Final = 2.0
+
+_ROOT: Final = "provider"
+_STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+_OWN: Final = frozenset({"time", "severity", "message", "logger", "exception"})
+
+
+class Log:
+    """The log of the process while open: a context manager, since hooks of the interpreter are set and restored.
+
+    Inside, everything that the process says goes through it: the logging module, warnings, exceptions that nobody
+    caught in the main thread, in other threads, in finalizers, and (by ``watch``) in the event loop.
+
+    Libraries are heard from WARNING up, whatever ``level`` says: the debug logs of HTTP stacks show headers, and
+    so tokens.
+    """
+
+    def __init__(
+        self, level: str, style: Literal["json", "text"], descriptor: int = 2, capacity: int = MAX_WAITING
+    ) -> None:
+        self._level = LEVELS[level]
+        self._handler = _LineHandler(_Json() if style == "json" else _Text(), descriptor, capacity)
+        self._restore: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Log:
+        root, ours = logging.getLogger(), logging.getLogger(_ROOT)
+        before = (root.handlers[:], root.level, ours.level)
+        hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
+
+        def restore() -> None:
+            root.handlers[:] = before[0]
+            root.setLevel(before[1])
+            ours.setLevel(before[2])
+            sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+            logging.captureWarnings(False)
+
+        self._restore.append(restore)
+        root.handlers[:] = [self._handler]
+        root.setLevel(max(self._level, logging.WARNING))
+        ours.setLevel(self._level)
+        logging.captureWarnings(True)
+        sys.excepthook = _uncaught
+        threading.excepthook = _uncaught_in_thread
+        sys.unraisablehook = _unraisable
+        self._handler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore.pop()()
+        self._handler.close()
+
+    @staticmethod
+    def watch(loop: asyncio.AbstractEventLoop) -> None:
+        """Log what the event loop would print: exceptions of tasks and callbacks that nobody awaited."""
+        loop.set_exception_handler(_unawaited)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger(_ROOT).critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def _uncaught_in_thread(what: threading.ExceptHookArgs) -> None:
+    if what.exc_value is not None:
+        logging.getLogger(_ROOT).error(
+            "uncaught exception in a thread", exc_info=(what.exc_type, what.exc_value, what.exc_traceback)
+        )
+
+
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
+    # The object is not told: its repr may hold anything.
+    info = None if what.exc_value is None else (what.exc_type, what.exc_value, what.exc_traceback)
+    logging.getLogger(_ROOT).error("exception in a finalizer", exc_info=info)
+
+
+def _unawaited(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # Of the context only the message and the exception: the reprs of tasks and handles show coroutine arguments.
+    error = context.get("exception")
+    info = (type(error), error, error.__traceback__) if isinstance(error, BaseException) else None
+    logging.getLogger(f"{_ROOT}.loop").error(str(context.get("message", "")), exc_info=info)
+
+
+class _LineHandler(logging.Handler):
+    """Formats an event where it happens, and writes it in a thread of its own."""
+
+    def __init__(self, formatter: logging.Formatter, descriptor: int, capacity: int) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | None] = queue.Queue(capacity)
+        self._dropped = 0
+        self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+
+    def start(self) -> None:
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        try:
+            # What is waiting is written first; a reader that is stuck holds the end up no longer than this.
+            self._lines.put(None, timeout=FLUSH_SECONDS)
+            self._writer.join(FLUSH_SECONDS)
+        except queue.Full:
+            pass
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self._put(line)
+            # Told as soon as the reader is back; a line that is dropped meanwhile is told the next time.
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                what = {
+                    "levelno": logging.WARNING,
+                    "msg": "stderr was full: events are lost",
+                    "dropped": dropped,
+                }
+                self._put(self.format(logging.makeLogRecord({"name": __name__, **what})))
+
+    def _put(self, line: str) -> None:
+        data = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            # Nobody reads stderr any more; mounts go on.
+            pass
+
+
+def _severity(level: int) -> str:
+    """The level by the names that GKE and Datadog both understand."""
+    for at_least in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO):
+        if level >= at_least:
+            return logging.getLevelName(at_least)
+    return "DEBUG"
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        text = record.getMessage()
+    except Exception:  # noqa: BLE001  # a wrong format string in some library; its template still tells where
+        text = str(record.msg)
+    return one_line(text, MAX_FIELD)
+
+
+def _value(value: object) -> str | int | float | bool | None:
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return one_line(str(value), MAX_FIELD)
+
+
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, str | int | float | bool | None]]:
+    """What the call gave in ``extra``."""
+    for name, value in record.__dict__.items():
+        if name not in _STANDARD and name not in _OWN:
+            yield name, _value(value)
+
+
+def _time(record: logging.LogRecord) -> str:
+    at = datetime.fromtimestamp(record.created, UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """``error`` for the log: its type, where it was raised, and its causes; without locals.
+
+    Its text is told only where the text is ours or the operating system's. That of any other exception may quote
+    what it choked on, which here is a secret.
+    """
+    told: dict[str, Any] = {"type": f"{type(error).__module__}.{type(error).__qualname__}"}
+    if isinstance(error, (ProviderError, OSError)):
+        told["message"] = one_line(str(error), MAX_FIELD)
+    frames: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append(one_line(f"{code.co_filename}:{trace.tb_lineno} {code.co_qualname}"))
+        trace = trace.tb_next
+    told["frames"] = frames[-MAX_FRAMES:]
+    return told
+
+
+def _chain(error: BaseException) -> list[dict[str, Any]]:
+    """``error`` and what it came of, the last one first; a loop of causes is left where it closes."""
+    chain: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen and len(chain) < 8:
+        seen.add(id(at))
+        chain.append(describe(at))
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return chain
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        event: dict[str, Any] = {
+            "time": _time(record),
+            "severity": _severity(record.levelno),
+            "message": _message(record),
+            "logger": record.name,
+        }
+        event.update(_fields(record))
+        if record.exc_info and record.exc_info[1] is not None:
+            event["exception"] = _chain(record.exc_info[1])
+        return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{_time(record)} {_severity(record.levelno):8} {record.name}: {_message(record)}"
+        parts = [head, *(f"{name}={value}" for name, value in _fields(record))]
+        if record.exc_info and record.exc_info[1] is not None:
+            for told in _chain(record.exc_info[1]):
+                text = f": {told['message']}" if "message" in told else ""
+                where = f" at {told['frames'][-1]}" if told["frames"] else ""
+                parts.append(f"[{told['type']}{text}{where}]")
+        return " ".join(parts)
