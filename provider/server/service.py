@@ -1,0 +1,170 @@
+"""The driver's two calls: request bytes in, response bytes out, and every failure one of five gRPC codes.
+
+Messages are decoded and encoded here and not by gRPC, which answers UNKNOWN to bytes that are no message (a string
+that is not UTF-8 is enough), and which would send a response before its size is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from provider import __version__
+from provider.errors import MAX_MESSAGE_BYTES, BadSecret, Code, InvalidClass, OutOfTime, ProviderError, fit
+from provider.mount import MountResult
+from provider.redact import one_line
+from provider.settings import MAX_MOUNT_BYTES, MIB
+from provider.spc import MountSpec, Parser
+from provider.v1alpha1 import service_pb2 as pb
+
+PROTOCOL_VERSION: Final = "v1alpha1"
+RUNTIME_NAME: Final = "vault-csi-provider"
+# Objects that a refusal for size names, the largest first.
+NAMED_OBJECTS: Final = 5
+# Seconds over the mount's own limit, which says better what was waited for: this one is for what forgets it.
+BACKSTOP_SECONDS: Final = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Mounts(Protocol):
+    """What fetches a volume; provider.mount.Mounter in the daemon. Raises ProviderError."""
+
+    async def mount(self, spec: MountSpec) -> MountResult:
+        """All files of ``spec``, or an error."""
+        ...
+
+
+class Service:
+    """Answers Version and Mount. ``mount_timeout``, in seconds, is what ``mounts`` keeps by itself.
+
+    Only INVALID_ARGUMENT, PERMISSION_DENIED, NOT_FOUND, FAILED_PRECONDITION and INTERNAL leave it
+    (docs/contract.md section 1).
+    """
+
+    def __init__(self, parser: Parser, mounts: Mounts, mount_timeout: float) -> None:
+        self._parser = parser
+        self._mounts = mounts
+        self._limit = mount_timeout + BACKSTOP_SECONDS
+        # One thread: a class of a megabyte takes long to read, and must hold up neither the event loop nor more
+        # than one of the node's cores.
+        self._reader = ThreadPoolExecutor(1, "parse")
+
+    def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
+        """What a gRPC server is to be given."""
+        # Without (de)serializers both are bytes.
+        handlers = {
+            "Version": grpc.unary_unary_rpc_method_handler(self.version),
+            "Mount": grpc.unary_unary_rpc_method_handler(self.mount),
+        }
+        service = pb.DESCRIPTOR.services_by_name["CSIDriverProvider"].full_name
+        return grpc.method_handlers_generic_handler(service, handlers)
+
+    def close(self) -> None:
+        """Let go of the thread; no call may be under way."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    async def version(self, data: bytes, context: Any) -> bytes:
+        """The protocol's version and ours, whatever the request says."""
+        answer = pb.VersionResponse(version=PROTOCOL_VERSION, runtime_name=RUNTIME_NAME, runtime_version=__version__)
+        return answer.SerializeToString()
+
+    async def mount(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        """All files of one volume, or a status error whose message tells a person what to do."""
+        about: dict[str, Any] = {}
+        began = asyncio.get_running_loop().time()
+        failure: ProviderError
+        try:
+            async with asyncio.timeout(self._limit):
+                return await self._mount(data, about)
+        except ProviderError as error:
+            failure = error
+        except TimeoutError:
+            failure = OutOfTime(
+                f"the mount is not done after {self._limit:g} s",
+                "look whether Vault and the Kubernetes API answer in time; --mount-timeout sets the limit",
+            )
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                _logger.warning("the caller gave the mount up", extra=about)
+                raise
+            # Nobody cancelled this call: a cancelled part leaked. gRPC would leave the caller without an answer.
+            failure = _unexpected(error, about)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller gets a code that kubelet retries
+            failure = _unexpected(error, about)
+        about["milliseconds"] = round((asyncio.get_running_loop().time() - began) * 1000)
+        await self._abort(failure, about, context)
+
+    async def _abort(
+        self, failure: ProviderError, about: dict[str, Any], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> NoReturn:
+        message = fit(one_line(str(failure), MAX_MESSAGE_BYTES))
+        level = logging.ERROR if failure.code is Code.INTERNAL else logging.WARNING
+        # docs/contract.md section 1: the driver hides the failure of a re-mount, so the log has to tell.
+        _logger.log(level, "mount failed: %s", message, extra={**about, "code": failure.code.name})
+        await context.abort(grpc.StatusCode[failure.code.value], message)
+        raise AssertionError("unreachable: abort raises")
+
+    async def _mount(self, data: bytes, about: dict[str, Any]) -> bytes:
+        try:
+            request = pb.MountRequest.FromString(data)
+        except DecodeError:
+            raise InvalidClass(["the driver's request is no MountRequest, or has text that is not UTF-8"]) from None
+        spec = await asyncio.get_running_loop().run_in_executor(
+            self._reader,
+            self._parser.parse,
+            request.attributes,
+            request.secrets,
+            request.target_path,
+            request.permission,
+        )
+        about |= {"pod": str(spec.pod), "pod_uid": spec.pod.uid, "secret_provider_class": spec.class_name}
+        return _answer(await self._mounts.mount(spec))
+
+
+def _unexpected(error: BaseException, about: dict[str, Any]) -> ProviderError:
+    """An error for the caller that has nothing of ``error`` but an id, under which the log has it."""
+    incident = secrets.token_hex(4)
+    _logger.error("unexpected error in a mount", exc_info=error, extra={**about, "incident": incident})
+    return ProviderError(
+        f"internal error {incident}", f"this is a bug in {RUNTIME_NAME}: report it with the log's lines of that id"
+    )
+
+
+def _answer(result: MountResult) -> bytes:
+    """The serialised response; ProviderError where the driver would take it for something else than it is."""
+    if not result.files or not result.versions:
+        # docs/contract.md section 1: the driver would keep the volume's old files, and call it a success.
+        raise ProviderError("the mount came to no file at all", f"this is a bug in {RUNTIME_NAME}: report it")
+    if sum(len(file.contents) for file in result.files) <= MAX_MOUNT_BYTES:
+        response = pb.MountResponse(
+            files=[pb.File(path=file.path, mode=file.mode, contents=file.contents) for file in result.files],
+            object_version=[pb.ObjectVersion(id=name, version=version) for name, version in result.versions],
+        )
+        data = response.SerializeToString()
+        size = len(data)
+        if size <= MAX_MOUNT_BYTES:
+            return data
+    else:
+        size = sum(len(file.contents) for file in result.files)
+    largest = sorted(result.files, key=lambda file: len(file.contents), reverse=True)[:NAMED_OBJECTS]
+    named = ", ".join(f"{one_line(file.path, 100)} ({_mib(len(file.contents))})" for file in largest)
+    raise BadSecret(
+        f"the volume is too large: its {len(result.files)} files come to {_mib(size)}, and the driver takes at most"
+        f" {_mib(MAX_MOUNT_BYTES)}; the largest: {named}",
+        "split the SecretProviderClass, or mount less of each secret with secretKey",
+    )
+
+
+def _mib(size: int) -> str:
+    """Rounded up, so that what is too large does not look as if it fitted."""
+    return f"{math.ceil(size / MIB * 100) / 100:.2f} MiB"
