@@ -1,0 +1,7 @@
+"""``python -m provider.cli`` is the ``vault-csi-provider`` program."""
+
+import sys
+
+from provider.cli import main
+
+sys.exit(main())

@@ -1,0 +1,111 @@
+"""From the command line to the exit code.
+
+gRPC, uvloop and the parts are imported when the daemon is going to serve: ``--help`` needs none of them, gRPC's C
+core reads its environment as it is imported, and whatever fails on the way is to be told in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TYPE_CHECKING, Final, Literal
+
+from provider import __version__
+from provider.cli.flags import PROGRAM, parse, split_listen_address
+from provider.errors import InvalidSetting, ProviderError
+from provider.redact import one_line
+from provider.settings import Settings
+from provider.telemetry import LEVELS, Log
+
+if TYPE_CHECKING:
+    from provider.cli.parts import Parts
+
+    Build = Callable[[Settings], AbstractAsyncContextManager[Parts]]
+
+# As Go's flag package ends.
+EXIT_USAGE: Final = 2
+# Above "off": why a daemon ends is told even when nothing else is.
+_LAST_WORDS: Final = LEVELS["off"]
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+_logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None, build: Build | None = None) -> int:
+    """Run the program and return its exit code: 0, 1 when the daemon cannot go on, 2 for a wrong flag.
+
+    ``arguments`` are those of the process where they are None. ``build`` makes the parts that answer mounts.
+    """
+    try:
+        command = parse(sys.argv[1:] if arguments is None else arguments, os.environ, version_text)
+    except InvalidSetting as error:
+        print(f"{PROGRAM}: {one_line(str(error), 1000)}", file=sys.stderr)
+        return EXIT_USAGE
+    if command.settings is None:
+        sys.stdout.write(command.text)
+        return 0
+    settings = command.settings
+    # Until the loop listens for signals: as process 1 of a container it would otherwise not be told of any.
+    for number in _SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))
+    style: Literal["json", "text"] = "text" if settings.log_format == "text" else "json"
+    with Log(settings.log_level, style):
+        try:
+            _serve(settings, build)
+        except ProviderError as error:
+            _logger.log(_LAST_WORDS, "cannot serve: %s", error)
+            return 1
+        except Exception as error:  # whatever it is, it ends in one line and not in a traceback
+            _logger.log(_LAST_WORDS, "cannot serve: %s: %s", type(error).__name__, error, exc_info=True)
+            return 1
+    return 0
+
+
+def version_text(style: str) -> str:
+    """What ``--version`` prints, as "text" or "json"."""
+    if style == "json":
+        told = {"name": PROGRAM, "version": __version__, "python": platform.python_version()}
+        return json.dumps(told) + "\n"
+    return f"{PROGRAM} {__version__} (Python {platform.python_version()})\n"
+
+
+def _serve(settings: Settings, build: Build | None) -> None:
+    # gRPC's C core writes plain text to stderr, between the lines of JSON, unless told so before it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    import uvloop
+
+    from provider.cli import parts
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run(settings, build or parts.build))
+
+
+async def _run(settings: Settings, build: Build) -> None:
+    """Serve until a signal comes, and then until the last caller has its answer."""
+    from provider.server import Server
+    from provider.telemetry.health import Health
+
+    loop = asyncio.get_running_loop()
+    Log.watch(loop)
+    told_to_stop = asyncio.Event()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, told_to_stop.set)
+    async with AsyncExitStack() as stack:
+        parts = await stack.enter_async_context(build(settings))
+        server = Server(settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout)
+        # Health comes first and goes last: a probe is told "not ready" at both ends.
+        address = split_listen_address(settings.health_addr)
+        if address is not None:
+            await stack.enter_async_context(Health(address, server.answers))
+        await server.start()
+        await told_to_stop.wait()
+        await server.stop()
+    _logger.info("stopped")

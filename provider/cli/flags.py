@@ -1,0 +1,419 @@
+"""The daemon's flags: one table that parsing, ``--help`` and the README's table are made of.
+
+The syntax is that of Go's flag package, since the arguments of the Go provider's DaemonSets and Helm charts come
+here unchanged: one dash or two, ``-flag=value`` or ``-flag value``, and booleans that take a value only after ``=``.
+argparse takes a boolean's value from the next argument or from nowhere, so it cannot read these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from provider.errors import InvalidSetting
+from provider.redact import one_line
+from provider.settings import Settings, TlsSettings
+from provider.telemetry import LEVELS
+
+PROGRAM: Final = "vault-csi-provider"
+
+# docs/contract.md section 1: kubelet gives a mount 2 minutes, and a mount has to end well before.
+MAX_MOUNT_SECONDS: Final = 110.0
+# Below this not even a login over the loopback interface ends in time.
+MIN_MOUNT_SECONDS: Final = 0.1
+# Far above the pods that a node can hold (110 by default), so a larger number is a slip of the keyboard.
+MAX_CACHE_SIZE: Final = 1_000_000
+
+# The booleans that Go's strconv.ParseBool reads (docs/contract.md section 2).
+_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
+_FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+
+_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(ns|us|µs|μs|ms|s|m|h)")
+
+# A Secret's name, as the Kubernetes API checks it.
+_SECRET_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+
+# What can stand in for "vault" at the start of a flag, and for "VAULT" at the start of a variable.
+_FLAG_PREFIX, _OTHER_FLAG_PREFIX = "vault-", "openbao-"
+_ENV_PREFIX, _OTHER_ENV_PREFIX = "VAULT_", "BAO_"
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag. ``default`` is written as one would give it; ``variable`` is its VAULT_ environment variable, or "".
+
+    ``read`` turns the text into a value, or raises ValueError with a sentence of what is allowed.
+    """
+
+    group: str
+    name: str
+    placeholder: str
+    default: str
+    meaning: str
+    read: Callable[[str], Any]
+    variable: str = ""
+    # Whether "-flag=" says something else than leaving the flag out.
+    empty_counts: bool = False
+
+    @property
+    def boolean(self) -> bool:
+        """Whether the flag stands alone, as ``-debug``."""
+        return self.read is read_bool
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The names that it is known by, the strongest first."""
+        if self.name.startswith(_FLAG_PREFIX):
+            return (self.name.replace(_FLAG_PREFIX, _OTHER_FLAG_PREFIX, 1), self.name)
+        return (self.name,)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a command line asks for: ``settings`` to serve with, or else the ``text`` to print."""
+
+    settings: Settings | None
+    text: str = ""
+
+
+def read_text(text: str) -> str:
+    """Any text without control characters."""
+    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
+        raise ValueError("text without control characters")
+    return text
+
+
+def read_bool(text: str) -> bool:
+    """A boolean as Go's strconv.ParseBool reads it."""
+    if text not in _TRUE | _FALSE:
+        raise ValueError("1, t, T, true, TRUE, True, 0, f, F, false, FALSE, False")
+    return text in _TRUE
+
+
+def read_duration(text: str) -> float:
+    """Seconds of a duration as Go writes them: ``90s``, ``2m``, ``1h30m``, ``300ms``, ``0``."""
+    if text == "0":
+        return 0.0
+    parts = list(_PART.finditer(text))
+    if not parts or "".join(part[0] for part in parts) != text:
+        raise ValueError("a duration like 90s, 2m, 1h30m or 300ms")
+    return sum(float(part[1]) * _UNITS[part[2]] for part in parts)
+
+
+def read_address(text: str) -> str:
+    """A URL of Vault without a trailing slash: http, https or unix."""
+    allowed = "a URL like https://vault.example:8200, http://127.0.0.1:8200 or unix:///run/vault.sock"
+    try:
+        url = urllib.parse.urlsplit(read_text(text))
+        port = url.port  # its property is what checks the number
+    except ValueError:
+        raise ValueError(allowed) from None
+    if url.username is not None or url.query or url.fragment or port == 0:
+        raise ValueError(f"{allowed}, without user, password, query or fragment")
+    there = url.path.startswith("/") and not url.netloc if url.scheme == "unix" else url.hostname
+    if url.scheme not in ("http", "https", "unix") or not there:
+        raise ValueError(allowed)
+    return text.rstrip("/")
+
+
+def read_listen_address(text: str) -> str:
+    """``host:port``, ``:port`` for all interfaces, or nothing."""
+    split_listen_address(text)
+    return text
+
+
+def split_listen_address(text: str) -> tuple[str, int] | None:
+    """Host ("" for all interfaces) and port of a listen address; None for the empty one, which means off."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s/]*)):([0-9]{1,5})", text)
+    if found is None or not 1 <= int(found[3]) <= 65535:
+        raise ValueError('host:port, :port for all interfaces, or "" for none')
+    return found[1] or found[2] or "", int(found[3])
+
+
+def _read_endpoint(text: str) -> str:
+    path = text.removeprefix("unix://")
+    if not path or path.endswith("/") or "://" in path or read_text(path) != path:
+        raise ValueError("the path of a Unix socket, with or without unix://")
+    return path
+
+
+def _read_level(text: str) -> str:
+    level = text.strip().lower()
+    if level not in LEVELS:
+        raise ValueError(", ".join(LEVELS))
+    return level
+
+
+def _read_log_format(text: str) -> str:
+    if text not in ("json", "text"):
+        raise ValueError("json, text")
+    return text
+
+
+def _read_secret_name(text: str) -> str:
+    if not _SECRET_NAME.fullmatch(text):
+        raise ValueError("a Secret's name: lower-case letters, digits, - and .")
+    return text
+
+
+def _read_cache_size(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) > MAX_CACHE_SIZE:
+        raise ValueError(f"a whole number from 0 (keep none) to {MAX_CACHE_SIZE}")
+    return int(text)
+
+
+def _read_mount_timeout(text: str) -> float:
+    allowed = "a duration from 100ms to 110s, since kubelet gives up after 2m"
+    try:
+        seconds = read_duration(text)
+    except ValueError:
+        raise ValueError(allowed) from None
+    if not MIN_MOUNT_SECONDS <= seconds <= MAX_MOUNT_SECONDS:
+        raise ValueError(allowed)
+    return seconds
+
+
+_SERVING, _VAULT, _KUBERNETES, _TELLING = (
+    "Serving",
+    "Vault or OpenBao",
+    "Kubernetes",
+    "Logs, health and version",
+)
+
+FLAGS: Final[tuple[Flag, ...]] = (
+    Flag(
+        _SERVING, "endpoint", "PATH", "/tmp/vault.sock",  # noqa: S108  # the Go provider's default
+        "Unix socket that the driver dials; unix:// in front is allowed.", _read_endpoint, empty_counts=True,
+    ),
+    Flag(
+        _SERVING, "mount-timeout", "DURATION", "60s",
+        "Time that one mount may take, from 100ms to 110s; kubelet gives up after 2m.", _read_mount_timeout,
+    ),
+    Flag(
+        _SERVING, "cache-size", "NUMBER", "1000",
+        "Most sessions (a pod's token and leases) kept between mounts; 0 keeps none.", _read_cache_size,
+    ),
+    Flag(
+        _VAULT, "vault-addr", "URL", "https://127.0.0.1:8200",
+        "Server for classes that name none.", read_address, "VAULT_ADDR",
+    ),
+    Flag(
+        _VAULT, "vault-mount", "PATH", "kubernetes",
+        "Auth mount for classes that name none.", read_text,
+    ),
+    Flag(
+        _VAULT, "vault-namespace", "NAME", "",
+        "Vault namespace for classes that name none.", read_text, "VAULT_NAMESPACE",
+    ),
+    Flag(
+        _VAULT, "vault-tls-ca-cert", "FILE", "",
+        "CA certificates (PEM) that the server's certificate is verified with.", read_text, "VAULT_CACERT",
+    ),
+    Flag(
+        _VAULT, "vault-tls-ca-directory", "DIRECTORY", "",
+        "Directory of such files.", read_text, "VAULT_CAPATH",
+    ),
+    Flag(
+        _VAULT, "vault-tls-server-name", "NAME", "",
+        "Name that the server's certificate has to be for, if not the address's host.", read_text,
+        "VAULT_TLS_SERVER_NAME",
+    ),
+    Flag(
+        _VAULT, "vault-tls-client-cert", "FILE", "",
+        "Client certificate (PEM) for the server to verify.", read_text, "VAULT_CLIENT_CERT",
+    ),
+    Flag(
+        _VAULT, "vault-tls-client-key", "FILE", "",
+        "Private key (PEM) of the client certificate.", read_text, "VAULT_CLIENT_KEY",
+    ),
+    Flag(
+        _VAULT, "vault-tls-skip-verify", "", "false",
+        "Do not verify the server's certificate. Whoever is in between reads the secrets.", read_bool,
+        "VAULT_SKIP_VERIFY",
+    ),
+    Flag(
+        _KUBERNETES, "kubeconfig", "FILE", "",
+        "How to reach the Kubernetes API; empty: as a pod does.", read_text,
+    ),
+    Flag(
+        _KUBERNETES, "hmac-secret-name", "NAME", "vault-csi-provider-hmac-key",
+        "Secret in the provider's namespace whose key signs object versions.", _read_secret_name,
+    ),
+    Flag(
+        _KUBERNETES, "hmac-key-file", "FILE", "",
+        "File with that key, in place of the Secret.", read_text,
+    ),
+    Flag(
+        _TELLING, "log-level", "LEVEL", "info",
+        "Least level that is logged: trace, debug, info, warn, error, off.", _read_level,
+    ),
+    Flag(_TELLING, "debug", "", "false", "The same as --log-level=debug.", read_bool),
+    Flag(
+        _TELLING, "log-format", "FORMAT", "json",
+        "One line of json an event, or text for people.", _read_log_format,
+    ),
+    Flag(
+        _TELLING, "health-addr", "ADDRESS", ":8080",
+        'host:port of /health/live and /health/ready; "" for none.', read_listen_address, empty_counts=True,
+    ),
+    Flag(_TELLING, "version", "", "false", "Print the version and exit.", read_bool),
+    Flag(_TELLING, "output", "FORMAT", "text", "How --version prints: text or json.", _read_log_format),
+)  # fmt: skip
+
+# A setting without a flag, as Vault's own command line has it.
+PROXY_VARIABLE: Final = "VAULT_PROXY_ADDR"
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callable[[str], str]) -> Command:
+    """What ``arguments`` (without the program's name) and the environment ask for.
+
+    A flag wins over the environment, OpenBao's spelling over Vault's, the last of one spelling over those before.
+    ``version`` gives the text of ``--version`` in a format ("text" or "json").
+
+    Raises InvalidSetting that names the flag or variable and what is allowed.
+    """
+    given = _split(arguments)
+    if given is None:
+        return Command(None, help_text())
+    asked = {flag.name: _from_flags(flag, given) for flag in FLAGS}
+    if asked["version"]:
+        return Command(None, version(asked["output"] or "text"))
+    value = {
+        flag.name: _from_environment(flag, environ) if asked[flag.name] is None else asked[flag.name] for flag in FLAGS
+    }
+    tls = TlsSettings(
+        ca_cert=value["vault-tls-ca-cert"],
+        ca_directory=value["vault-tls-ca-directory"],
+        server_name=value["vault-tls-server-name"],
+        client_cert=value["vault-tls-client-cert"],
+        client_key=value["vault-tls-client-key"],
+        skip_verify=value["vault-tls-skip-verify"],
+    )
+    settings = Settings(
+        endpoint=value["endpoint"],
+        log_level="debug" if value["debug"] else value["log-level"],
+        log_format=value["log-format"],
+        health_addr=value["health-addr"],
+        vault_addr=value["vault-addr"],
+        vault_mount=value["vault-mount"],
+        vault_namespace=value["vault-namespace"],
+        tls=tls,
+        vault_proxy_addr=next((text for _, text in _variables(PROXY_VARIABLE, environ)), ""),
+        hmac_secret_name=value["hmac-secret-name"],
+        hmac_key_file=value["hmac-key-file"],
+        cache_size=value["cache-size"],
+        kubeconfig=value["kubeconfig"],
+        mount_timeout=value["mount-timeout"],
+    )
+    return Command(settings)
+
+
+def _split(arguments: Sequence[str]) -> dict[str, str] | None:
+    """The texts given by spelling; None where help is asked for."""
+    known = {spelling: flag for flag in FLAGS for spelling in flag.spellings}
+    given: dict[str, str] = {}
+    left = iter(arguments)
+    for argument in left:
+        found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if found is None:
+            raise _stray(argument)
+        name, text = found[1], found[2]
+        if name in ("h", "help"):
+            return None
+        flag = known.get(name)
+        if flag is None:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            raise InvalidSetting(
+                f"there is no flag --{one_line(name, 80)}",
+                f"did you mean --{near[0]}? All flags: {PROGRAM} --help" if near else f"see {PROGRAM} --help",
+            )
+        if text is None:
+            text = "true" if flag.boolean else next(left, None)
+        if text is None:
+            raise InvalidSetting(f"--{name} needs a value", f"write --{name}={flag.placeholder}")
+        given[name] = text
+        _read(flag, f"--{name}", text)
+    return given
+
+
+def _stray(argument: str) -> InvalidSetting:
+    told = one_line(argument, 80)
+    if argument in _TRUE | _FALSE:
+        return InvalidSetting(f'"{told}" is no flag', f"a boolean's value follows an equals sign: --debug={told}")
+    return InvalidSetting(f'"{told}" is no flag', f"allowed are flags alone; see {PROGRAM} --help")
+
+
+def _read(flag: Flag, source: str, text: str) -> Any:
+    """The value of ``text``, or None where it says nothing."""
+    if not text and not flag.empty_counts and not flag.boolean:
+        return None
+    try:
+        return flag.read(text)
+    except ValueError as error:
+        raise InvalidSetting(f'{source} cannot be "{one_line(text, 120)}"', f"allowed: {error}") from None
+
+
+def _from_flags(flag: Flag, given: Mapping[str, str]) -> Any:
+    values = (_read(flag, f"--{name}", given[name]) for name in flag.spellings if name in given)
+    return next((value for value in values if value is not None), None)
+
+
+def _variables(variable: str, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The spellings of ``variable`` that are set and not empty, the strongest first."""
+    for name in (variable.replace(_ENV_PREFIX, _OTHER_ENV_PREFIX, 1), variable):
+        if environ.get(name):
+            yield name, environ[name]
+
+
+def _from_environment(flag: Flag, environ: Mapping[str, str]) -> Any:
+    if flag.variable:
+        for name, text in _variables(flag.variable, environ):
+            return _read(flag, name, text)
+    return flag.read(flag.default)
+
+
+def help_text() -> str:
+    """What ``--help`` prints: the flags by group, each with its default and environment variable."""
+    heads = [f"--{flag.name} {flag.placeholder}".rstrip() for flag in FLAGS]
+    wide = max(map(len, heads))
+    wider = max(len(flag.default) for flag in FLAGS)
+    lines = [
+        f"{PROGRAM} [flags]",
+        "",
+        "Provider of the Secrets Store CSI driver: mounts secrets of HashiCorp Vault and OpenBao into pods.",
+        "",
+        f"  {'Flag':{wide}}  {'Default':{wider}}  Environment",
+    ]
+    group = ""
+    for flag, head in zip(FLAGS, heads, strict=True):
+        if flag.group != group:
+            group = flag.group
+            lines += ["", group]
+        lines.append(f"  {head:{wide}}  {flag.default or '-':{wider}}  {flag.variable or '-'}")
+        lines.append(f"      {flag.meaning}")
+    lines += [
+        "",
+        "Flags take one dash or two, and a value after = or as the next argument; booleans only after =.",
+        "--openbao-... is another spelling of each --vault-... flag, and BAO_... of each VAULT_... variable; it wins",
+        "where both are given. A SecretProviderClass wins over a flag, a flag over the environment.",
+        f"Proxies: {PROXY_VARIABLE} (for Vault alone), HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table() -> str:
+    """The flags as the README shows them."""
+    lines = ["| flag | default | environment | meaning |", "|---|---|---|---|"]
+    for flag in FLAGS:
+        names = f"`--{flag.name}{'=' if flag.placeholder else ''}{flag.placeholder}`"
+        default = f"`{flag.default}`" if flag.default else ""
+        variable = f"`{flag.variable}`" if flag.variable else ""
+        lines.append(f"| {names} | {default} | {variable} | {flag.meaning} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,65 @@
+"""The composition root: which part is given which, and the order in which they end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from provider.clock import SystemClock
+from provider.kube import HmacKey, Kubernetes
+from provider.mount import Mounter
+from provider.server import Mounts
+from provider.sessions import Sessions
+from provider.settings import Settings
+from provider.spc import Parser
+from provider.vault import VaultServers
+
+# A renewal that fails for a reason that nobody thought of is tried again, but not in a busy loop.
+RENEWALS_RETRY_SECONDS: Final = 5.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a server needs to answer mounts."""
+
+    parser: Parser
+    mounts: Mounts
+
+
+@contextlib.asynccontextmanager
+async def build(settings: Settings) -> AsyncIterator[Parts]:
+    """The parts of a daemon with these settings, working while the context is open."""
+    clock = SystemClock()
+    async with contextlib.AsyncExitStack() as stack:
+        servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr)
+        stack.push_async_callback(servers.close)
+        kubernetes = Kubernetes(settings.kubeconfig)
+        stack.push_async_callback(kubernetes.close)
+        key = HmacKey(settings, kubernetes, clock)
+        stack.push_async_callback(key.close)
+        sessions = Sessions(servers, clock=clock, cache_size=settings.cache_size)
+        stack.push_async_callback(sessions.close)
+        renewals = asyncio.create_task(_renew(sessions), name="renewals")
+        stack.push_async_callback(_end, renewals)
+        mounts = Mounter(servers, sessions, kubernetes, key, timeout=settings.mount_timeout)
+        yield Parts(Parser(settings), mounts)
+
+
+async def _renew(sessions: Sessions) -> None:
+    while True:
+        try:
+            await sessions.run()
+        except Exception:
+            _logger.exception("renewals have stopped on a bug, and start again")
+            await asyncio.sleep(RENEWALS_RETRY_SECONDS)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
