@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 import provider
+from provider.cli.flags import parse
+from provider.settings import Settings
 from tests.tools import ROOT, kubectl
 
 DAEMONSET = ROOT / "daemonset"
@@ -29,15 +31,6 @@ RIGHTS = {
 }
 # From an old cluster to the newest that the schemas know.
 KUBERNETES = ["1.28", kubernetes_validate.latest_version()]
-# The daemon's flags, as README.md lists them.
-FLAGS = {
-    "endpoint", "log-level", "debug", "version", "output", "health-addr", "hmac-secret-name", "cache-size",
-    "vault-addr", "vault-mount", "vault-namespace", "vault-tls-ca-cert", "vault-tls-ca-directory",
-    "vault-tls-server-name", "vault-tls-client-cert", "vault-tls-client-key", "vault-tls-skip-verify",
-    "kubeconfig", "hmac-key-file", "mount-timeout", "log-format", "share-reads",
-}  # fmt: skip
-DEFAULT_MOUNT_TIMEOUT_S = 60
-
 Manifest = dict[str, Any]
 
 
@@ -146,9 +139,7 @@ def test_installation_is_valid(installation: list[Manifest], version: str) -> No
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-@pytest.mark.parametrize(
-    "pieces", [(), ("token-request",), ("hmac-secret",), ("token-request", "hmac-secret")]
-)
+@pytest.mark.parametrize("pieces", [(), ("token-request",), ("hmac-secret",), ("token-request", "hmac-secret")])
 def test_each_right_can_be_left_out(tmp_path: Path, pieces: tuple[str, ...], version: str) -> None:
     """Any choice of the RBAC pieces is a valid set with just their rights (docs/contract.md section 4)."""
     chosen = [f"components/{piece}" for piece in pieces]
@@ -244,22 +235,34 @@ def test_an_update_leaves_no_gap(installation: list[Manifest]) -> None:
         "type": "RollingUpdate",
         "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
     }
-    assert pod_spec(workload)["terminationGracePeriodSeconds"] > DEFAULT_MOUNT_TIMEOUT_S
+    assert pod_spec(workload)["terminationGracePeriodSeconds"] > settings(installation).mount_timeout
 
 
-def arguments(manifests: Iterable[Manifest]) -> dict[str, str]:
-    """The daemon's flags and their values, as the container gets them."""
-    return dict(argument.lstrip("-").split("=", 1) for argument in container(manifests)["args"])
+def settings(manifests: Iterable[Manifest]) -> Settings:
+    """What the daemon makes of the container's arguments and literal variables; refuses what it does not know."""
+    spec = container(manifests)
+    environment = {v["name"]: v["value"] for v in spec["env"] if "value" in v}
+    command = parse(spec["args"], environment, version=str)
+    assert command.settings is not None
+    return command.settings
 
 
-def test_arguments_are_flags_of_the_daemon(installation: list[Manifest]) -> None:
-    """The container is started with flags that exist."""
-    assert arguments(installation).keys() <= FLAGS
+def test_daemon_takes_its_arguments(installation: list[Manifest]) -> None:
+    """The daemon understands how the manifest starts it, and logs as cluster software is expected to."""
+    understood = settings(installation)
+    assert understood.vault_addr == "https://vault.vault.svc:8200"
+    assert understood.log_format == "json"
+
+
+def test_the_named_secret_is_the_daemons(installation: list[Manifest]) -> None:
+    """The one Secret that may be read is the one that the daemon asks for."""
+    may_get = {right[3] for right in rights(installation) if right[2] == "secrets" and right[4] == "get"}
+    assert may_get == {settings(installation).hmac_secret_name}
 
 
 def test_socket_is_where_the_driver_looks(installation: list[Manifest]) -> None:
     """The endpoint is in the driver's directory, by the classes' provider (docs/contract.md section 1)."""
-    endpoint = PurePosixPath(arguments(installation)["endpoint"])
+    endpoint = PurePosixPath(settings(installation).endpoint)
     (mount,) = container(installation)["volumeMounts"]
     (volume,) = pod_spec(daemonset(installation))["volumes"]
     assert mount["name"] == volume["name"]
@@ -278,7 +281,7 @@ def test_probes_ask_the_health_server(installation: list[Manifest]) -> None:
         "readiness": "/health/ready",
         "liveness": "/health/live",
     }
-    _, _, port = arguments(installation)["health-addr"].rpartition(":")
+    _, _, port = settings(installation).health_addr.rpartition(":")
     assert {ports[probe["port"]] for probe in probes.values()} == {int(port)}
 
 
