@@ -100,9 +100,7 @@ def test_image_runs_as_anyone_but_root() -> None:
     _, image = stages()
     (user,) = named(image, "USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
-    assert image.index(Instruction("USER", user)) > max(
-        at for at, i in enumerate(image) if i.name in ("RUN", "COPY")
-    )
+    assert image.index(Instruction("USER", user)) > max(at for at, i in enumerate(image) if i.name in ("RUN", "COPY"))
 
 
 def test_image_starts_the_daemon_itself() -> None:
@@ -225,9 +223,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(source: Path, target: Path) -> None:
     """Copy a file or a directory's content, as COPY does after .dockerignore."""
     if source.is_dir():
-        shutil.copytree(
-            source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*_cache")
-        )
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
@@ -252,9 +248,7 @@ def test_builder_stage_makes_a_daemon_that_runs(built: Path) -> None:
 def test_environment_holds_the_runtime_alone(built: Path) -> None:
     """No pip, no build tool and no test tool is in the environment: just the lock and the package."""
     (packages,) = (built / VENV.lstrip("/") / "lib").glob("python3.*/site-packages")
-    installed = {
-        re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower() for path in packages.glob("*.dist-info")
-    }
+    installed = {re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower() for path in packages.glob("*.dist-info")}
     locked = {re.sub(r"[-_.]+", "-", name).lower() for name in pins("runtime.txt")}
     assert installed - {"vault-csi-provider"} <= locked
     assert "vault-csi-provider" in installed
