@@ -131,9 +131,10 @@ def join_within(prefix: str, parts: Iterable[str], limit: int = MAX_MESSAGE_BYTE
 
     Each part is made one safe line. The room left under MAX_MESSAGE_BYTES is for what callers put around it.
     """
-    lines = list(dict.fromkeys(one_line(part, 1200) for part in parts))
     head = f"{prefix}: " if prefix else ""
     size = encoded_size(head)
+    # One part that fills the message, as text in another script may, must not cut off how many follow.
+    lines = list(dict.fromkeys(fit(one_line(part, 1200), limit - size) for part in parts))
     kept: list[str] = []
     for line in lines:
         cost = encoded_size(line) + 2

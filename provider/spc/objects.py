@@ -128,11 +128,7 @@ class _Fields:
 
     def _optional(self, field: str, read: Callable[[str], _T], default: _T) -> _T:
         text = self._text(field)
-        return (
-            self._findings.attempt(f"{self._where} {field} {show(text)}", read, text, default)
-            if text
-            else default
-        )
+        return self._findings.attempt(f"{self._where} {field} {show(text)}", read, text, default) if text else default
 
     def _required(self, field: str, read: Callable[[str], _T], remedy: str) -> _T | None:
         text = self._text(field)

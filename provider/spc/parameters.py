@@ -43,7 +43,6 @@ _SPELLINGS: Final = {
     for name in _PREFIXED
 }
 KNOWN: Final = (
-    "roleName",
     "audience",
     "objects",
     *(spelling for name in _PREFIXED for spelling in _SPELLINGS[name]),
@@ -73,19 +72,20 @@ def string_map(text: str) -> dict[str, str]:
         raise Refused(f"is larger than {MAX_ATTRIBUTES_BYTES} bytes", "make the class smaller")
     decoder = json.JSONDecoder()
     entries: dict[str, str] = {}
-    at = _after(text, 0, "{")
-    at = _skip(text, at)
+    at = _skip(text, _after(text, 0, "{"))
+    # Counted as written, since a name that is there already costs as much.
+    read = 0
     more = text[at : at + 1] != "}"
-    if not more:
-        at += 1
+    at += not more
     while more:
+        read += 1
+        if read > _MAX_ENTRIES:
+            raise Refused(f"has more than {_MAX_ENTRIES} entries", "remove those that are not needed")
         key, at = _string(decoder, text, at, "a name")
         at = _after(text, at, ":")
         entries[key], at = _string(decoder, text, at, f"the value of {show(key)}")
         at = _after(text, at, ",}")
         more = text[at - 1] == ","
-        if len(entries) > _MAX_ENTRIES:
-            raise Refused(f"has more than {_MAX_ENTRIES} entries", "remove those that are not needed")
     if _skip(text, at) != len(text):
         raise _not_json("there is text after its end")
     return entries
@@ -122,9 +122,7 @@ def _string(decoder: json.JSONDecoder, text: str, at: int, what: str) -> tuple[s
 
 
 def _not_json(problem: str) -> Refused:
-    return Refused(
-        f"is not a JSON object of strings, {problem}", "the driver writes it: look at the driver's version"
-    )
+    return Refused(f"is not a JSON object of strings, {problem}", "the driver writes it: look at the driver's version")
 
 
 def permission(text: str) -> int:
@@ -165,9 +163,7 @@ def address(text: str) -> str:
     except ValueError:
         raise Refused("is not a URL", _SCHEMES) from None
     if "@" in url.netloc:
-        raise Refused(
-            "holds a user or a password", "write the address without them; roleName is how to log in"
-        )
+        raise Refused("holds a user or a password", "write the address without them; roleName is how to log in")
     if url.scheme not in ("http", "https", "unix"):
         raise Refused("has no known scheme", _SCHEMES)
     if "?" in text or "#" in text:
@@ -242,11 +238,7 @@ class Parameters:
                 "remove one",
             )
         given = mount or older
-        where = (
-            f"{mount_spelling if mount else older_spelling} {show(given)}"
-            if given
-            else "the daemon's vault-mount"
-        )
+        where = f"{mount_spelling if mount else older_spelling} {show(given)}" if given else "the daemon's vault-mount"
         return Login(
             mount=self._findings.attempt(where, paths.auth_mount, given or settings.vault_mount, ""),
             role=role,

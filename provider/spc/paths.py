@@ -12,6 +12,8 @@ from provider.settings import MAX_PATH_BYTES, MAX_PATH_ELEMENT_BYTES
 from provider.spc.findings import Refused
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Far more than any request takes, and few enough to be nothing in memory.
+_MAX_QUERY_FIELDS: Final = 1000
 _HEX: Final = frozenset("0123456789abcdefABCDEF")
 
 
@@ -59,6 +61,8 @@ def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     if not path:
         raise Refused("is empty", "name the API path, for example secret/data/app")
     refuse_dots(path)
+    if query.count("&") >= _MAX_QUERY_FIELDS:
+        raise Refused(f"has more than {_MAX_QUERY_FIELDS} query fields", "remove some")
     return path, tuple(parse_qsl(query, keep_blank_values=True))
 
 

@@ -210,13 +210,9 @@ class _Builder:
         self._nodes += nodes
         self._chars += chars
         if self._nodes > MAX_YAML_NODES:
-            raise Refused(
-                f"line {line}: has more than {MAX_YAML_NODES} values, aliases followed", "split the class"
-            )
+            raise Refused(f"line {line}: has more than {MAX_YAML_NODES} values, aliases followed", "split the class")
         if self._chars > MAX_YAML_TEXT:
-            raise Refused(
-                f"line {line}: has more than {MAX_YAML_TEXT} characters, aliases followed", "split the class"
-            )
+            raise Refused(f"line {line}: has more than {MAX_YAML_TEXT} characters, aliases followed", "split the class")
 
     def _scalar(self, event: Any) -> None:
         line = event.start_mark.line + 1
@@ -230,9 +226,7 @@ class _Builder:
     def _alias(self, event: Any) -> None:
         line = event.start_mark.line + 1
         if event.anchor not in self._anchors:
-            raise Refused(
-                f"line {line}: an alias (*name) names no anchor (&name)", "quote a value that begins with *"
-            )
+            raise Refused(f"line {line}: an alias (*name) names no anchor (&name)", "quote a value that begins with *")
         anchored = self._anchors[event.anchor]
         if anchored is None:
             raise Refused(f"line {line}: an alias (*name) contains itself", "write the value out")
@@ -273,9 +267,7 @@ class _Builder:
             top.items.append(node)
         elif top.key is None:
             if not isinstance(node, Scalar):
-                raise Refused(
-                    f"line {node.line}: a key is a list or a map", "write a plain word before the colon"
-                )
+                raise Refused(f"line {node.line}: a key is a list or a map", "write a plain word before the colon")
             top.key = node
         else:
             _set(top, top.entries, top.key, node)
@@ -346,9 +338,7 @@ def _plain(node: Node) -> Any:
     value = node.value
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
-            raise Refused(
-                f"line {node.line}: a number is not finite, which JSON has not", "quote it to send the word"
-            )
+            raise Refused(f"line {node.line}: a number is not finite, which JSON has not", "quote it to send the word")
         # As Go writes it: Vault takes 8, but not 8.0, where it wants an integer.
         if value.is_integer() and abs(value) < 1e21:
             return int(value)
