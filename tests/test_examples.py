@@ -52,6 +52,12 @@ def set_up_commands(example: Path) -> str:
     return "\n".join(re.findall(r"^#     (.*)$", comment, re.MULTILINE))
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what a developer's shell says of another Vault or of a proxy."""
+    theirs = re.compile(r"(VAULT|BAO)_.*|(https?|all)_proxy", re.IGNORECASE)
+    return {name: value for name, value in os.environ.items() if not theirs.fullmatch(name)}
+
+
 class World:
     """A cluster with a PostgreSQL and an OpenBao that speaks TLS, and the daemon on its node."""
 
@@ -117,12 +123,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 "-m",
                 "provider.cli",
                 f"-endpoint={world.socket}",
-                "-health-addr=127.0.0.1:0",
+                "-health-addr=",
                 f"--kubeconfig={kube.write_kubeconfig(directory / 'kubeconfig')}",
             ],
             log=directory / "daemon.log",
             cwd=ROOT,
-            env=os.environ | {"VAULT_ADDR": bao.address, "VAULT_CACERT": str(world.ca)},
+            env=clean_environment() | {"VAULT_ADDR": bao.address, "VAULT_CACERT": str(world.ca)},
         )
         parts.callback(daemon.stop)
         while not world.socket.exists():
