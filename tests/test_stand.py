@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from provider.v1alpha1 import service_pb2, service_pb2_grpc
-from tests.stand import ecommerce
+from tests.stand import ecommerce, kubeapi, openbao
 from tests.stand.driver import Driver, DriverError
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.kubeapi import AUDIENCE, KubeApi, Pod
@@ -430,6 +431,16 @@ class TestEcommerce:
         assert shop.parameters["roleName"] == "ecommerce-app"
         assert shop.parameters["vaultAddress"] == shop.openbao.address
 
+    def test_without_driver_tokens_the_role_takes_the_api_servers_audience(self) -> None:
+        """An installation without `tokenRequests` sends no token, and its role takes a TokenRequest's."""
+        with EcommerceStand(audience=None) as shop:
+            assert shop.tokens() is None
+            kube = shop.kube
+            path = f"/api/v1/namespaces/{ecommerce.NAMESPACE}/serviceaccounts/{ecommerce.SERVICE_ACCOUNT}/token"
+            reference = {"kind": "Pod", "name": shop.pod.name, "uid": shop.pod.uid}
+            _, granted = call(kube, "POST", path, {"spec": {"boundObjectRef": reference}})
+            assert login(shop, granted["status"]["token"])["client_token"]
+
     def test_manifest_without_a_class_is_said_plainly(self, tmp_path: Path) -> None:
         """A manifest that has no SecretProviderClass is a StandError that names the file."""
         (tmp_path / "x.yaml").write_text("kind: Pod\n---\n")
@@ -493,6 +504,31 @@ class TestOpenBao:
             assert bao.address == address
             with pytest.raises(OpenBaoError, match="404"):
                 bao.api("GET", "secret/data/a")
+
+    def test_namespaces_are_apart(self) -> None:
+        """A KV mount, a policy and the audit log's entries belong to the namespace that they were made in."""
+        with OpenBao(audit=True) as bao:
+            bao.api("POST", "sys/namespaces/team")
+            bao.mount_kv("kv", namespace="team")
+            bao.write_kv("kv/data/a", {"k": "v"}, namespace="team")
+            bao.write_policy("reader", 'path "kv/data/a" { capabilities = ["read"] }', namespace="team")
+            made = bao.api("POST", "auth/token/create", {"policies": ["reader"]}, namespace="team")
+            token = made["auth"]["client_token"]
+            read = bao.api("GET", "kv/data/a", namespace="team", token=token)
+            assert read["data"]["data"] == {"k": "v"}
+            with pytest.raises(OpenBaoError, match="403"):
+                bao.api("GET", "kv/data/a", token=token)
+            assert [one.namespace for one in bao.requests("kv/")] == ["team/", ""]
+
+    def test_taken_port_is_left_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A port that somebody takes between the look and the start costs an attempt, not the stand."""
+        with socket.create_server(("127.0.0.1", free_port())) as taken:
+            for module in (openbao, kubeapi):
+                ports = iter([taken.getsockname()[1], free_port()])
+                monkeypatch.setattr(module, "free_port", lambda ports=ports: next(ports))
+            with OpenBao() as bao, KubeApi() as kube:
+                assert bao.api("GET", "sys/health")["sealed"] is False
+                assert call(kube, "GET", "/api/v1/pods")[0] == 200
 
     def test_pki_issues_for_its_domains(self) -> None:
         """A role issues for its domain with an expiration, and refuses another domain."""

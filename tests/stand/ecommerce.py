@@ -42,8 +42,9 @@ class EcommerceStand:
     `ecommerce/data/shared/config`.
 
     `audience` is what the login role asks of a token and what `tokens` are for: an installation whose
-    CSIDriver object has `tokenRequests`. With None it has none, so the driver sends no token, and the role
-    takes one for the API server's own audience. `audit` is OpenBao's.
+    CSIDriver object has `tokenRequests`. With None it has none: the driver sends no token, and the role
+    names no audience, for which OpenBao takes a token of any (it asks the TokenReview for the token's own).
+    `audit` is OpenBao's.
     """
 
     api_key = "shop-key-0001"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import datetime
 import json
 import re
@@ -37,6 +38,8 @@ AUDIENCE = "https://kubernetes.default.svc.cluster.local"
 
 MIN_TOKEN_SECONDS = 600
 """The shortest life that TokenRequest grants."""
+
+_PORT_ATTEMPTS = 3
 
 JsonObject = dict[str, Any]
 
@@ -175,9 +178,7 @@ class KubeApi:
         """Serve, on the same port as before, and return when connections are accepted."""
         if self._thread is not None:
             return
-        if self._port == 0:
-            self._port = free_port()
-        listener = socket.create_server(("127.0.0.1", self._port))
+        listener = self._listen()
         started = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(listener, started)), name="stand-kubeapi", daemon=True
@@ -377,6 +378,15 @@ class KubeApi:
         self._faults.clear()
 
     # Serving --------------------------------------------------------------------------------------------
+
+    def _listen(self) -> socket.socket:
+        for _ in range(_PORT_ATTEMPTS if self._port == 0 else 0):
+            port = free_port()
+            with contextlib.suppress(OSError):  # Somebody took it in between.
+                listener = socket.create_server(("127.0.0.1", port))
+                self._port = port
+                return listener
+        return socket.create_server(("127.0.0.1", self._port))
 
     async def _serve(self, listener: socket.socket, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()

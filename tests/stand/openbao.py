@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _START_TIMEOUT = 20.0
-_API_TIMEOUT = 30.0
+_PROBE_TIMEOUT = 2.0
+"""Seconds for one look at a starting server, whose port may be held by something that never answers."""
 _PORT_ATTEMPTS = 3
 
 
@@ -166,15 +167,17 @@ class OpenBao:
         *,
         namespace: str | None = None,
         token: str | None = None,
+        timeout: float = 30,
     ) -> dict[str, Any]:
         """Call `/v1/<path>` as root, or with `token` ("" for none); returns the answer, {} when empty.
 
-        Raises OpenBaoError for any status of 400 and above.
+        Raises OpenBaoError for any status of 400 and above, OSError when no answer comes within `timeout`
+        seconds.
         """
         headers = {"X-Vault-Token": self.root_token if token is None else token, "X-Vault-Request": "true"}
         if namespace:
             headers["X-Vault-Namespace"] = namespace
-        connection = self._connection()
+        connection = self._connection(timeout)
         try:
             connection.request(method, f"/v1/{path}", json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
@@ -195,7 +198,7 @@ class OpenBao:
             namespace=namespace,
         )
         # A new KV v2 mount answers 400 "Upgrading from non-versioned to versioned data" for a moment.
-        deadline = time.monotonic() + _API_TIMEOUT
+        deadline = time.monotonic() + _START_TIMEOUT
         probe = f"{path}/metadata/" if version == 2 else f"{path}/"
         while True:
             try:
@@ -351,11 +354,11 @@ class OpenBao:
             raise
         return keys
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
         if self._storage == "dev":
-            return http.client.HTTPConnection("127.0.0.1", self._port, timeout=_API_TIMEOUT)
+            return http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout)
         # By the socket whatever the TCP listener's certificate is: that one is there to be tested.
-        return _UnixConnection(self._socket_path)
+        return _UnixConnection(self._socket_path, timeout)
 
     def _launch(self) -> None:
         binary = find_binary()
@@ -419,9 +422,9 @@ class OpenBao:
 
     def _await_active(self) -> None:
         # A standby, which raft begins as, answers reads; its health is 429.
-        self._await(lambda: self.api("GET", "sys/health", token=""))
+        self._await(lambda: self.api("GET", "sys/health", token="", timeout=_PROBE_TIMEOUT))
         # Looking up our own token shows that it is our server on that port.
-        self._await(lambda: self.api("GET", "auth/token/lookup-self"))
+        self._await(lambda: self.api("GET", "auth/token/lookup-self", timeout=_PROBE_TIMEOUT))
 
     def _printed_unseal_key(self) -> str:
         """The unseal key of dev mode, printed only after the server has begun to answer."""
@@ -447,8 +450,8 @@ class OpenBao:
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_API_TIMEOUT)
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:

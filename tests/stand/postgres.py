@@ -204,15 +204,19 @@ class Postgres:
         spec = importlib.util.find_spec("pgserver")
         if spec is None or spec.origin is None:
             raise StandError("PostgreSQL is missing: `pip install pgserver` brings it (a real server in a wheel)")
-        installed = Path(spec.origin).parent / "pginstall"
-        if self._reachable(installed / "bin" / "postgres"):
-            return installed / "bin"
-        copied = self._directory / "pginstall"
-        shutil.copytree(installed, copied, symlinks=True)
-        for path in [copied, *copied.rglob("*")]:
-            if not path.is_symlink():
-                path.chmod(0o755)
-        return copied / "bin"
+        package = Path(spec.origin).parent
+        if self._reachable(package / "pginstall" / "bin" / "postgres"):
+            return package / "pginstall" / "bin"
+        # Both, side by side: the programs look for their libraries by a relative path.
+        shutil.copytree(package / "pginstall", self._directory / "pgserver" / "pginstall", symlinks=True)
+        libraries = package.parent / "pgserver.libs"
+        if libraries.is_dir():
+            shutil.copytree(libraries, self._directory / libraries.name)
+        for copied in self._directory.iterdir():
+            for path in (copied, *copied.rglob("*")):
+                if not path.is_symlink():
+                    path.chmod(0o755)
+        return self._directory / "pgserver" / "pginstall" / "bin"
 
     def _reachable(self, path: Path) -> bool:
         """Whether the server's user can come to `path` (nothing to ask when it is ours)."""
