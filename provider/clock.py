@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Protocol
 
 
@@ -11,6 +12,10 @@ class Clock(Protocol):
 
     def now(self) -> float:
         """Seconds that only grow, and go on while the machine is suspended."""
+        ...
+
+    def epoch(self) -> str:
+        """Names the start from which ``now`` counts: readings of equal epochs compare, also across processes."""
         ...
 
     def wall(self) -> float:
@@ -28,6 +33,10 @@ class SystemClock:
     def now(self) -> float:
         """Seconds since boot, suspended ones included."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def epoch(self) -> str:
+        """The kernel's name for this boot."""
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def wall(self) -> float:
         """Seconds since the Unix epoch."""

@@ -111,6 +111,10 @@ class KubernetesUnavailable(ProviderError):
     code = Code.FAILED_PRECONDITION
 
 
+class KubernetesDenied(KubernetesUnavailable):
+    """The Kubernetes API refused for want of permission (401 or 403)."""
+
+
 class MountFailed(ProviderError):
     """One or more objects failed; the code is the first one's (docs/contract.md section 1)."""
 

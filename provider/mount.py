@@ -14,7 +14,7 @@ from provider.login import TokenSource, log_in
 from provider.render import render
 from provider.sessions import Read, Sessions
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
-from provider.vault import Auth, VaultServers
+from provider.vault import Auth, VaultSecret, VaultServers
 from provider.versions import object_version
 
 _log = logging.getLogger(__name__)
@@ -107,22 +107,26 @@ class Mounter:
         async def login(until: float) -> Auth:
             return await log_in(self._servers.get(spec.server), spec, self._tokens, until)
 
-        reads = [Read(request) for request in dict.fromkeys(wanted.request for wanted in spec.objects)]
+        reads = plan(spec.objects)
         # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
-        key, answers = await asyncio.gather(self._version_key.get(), self._sessions.fetch(spec, reads, login, deadline))
+        key, answers = await asyncio.gather(
+            self._version_key.get(), self._sessions.fetch(spec, list(dict.fromkeys(reads)), login, deadline)
+        )
         failures: list[tuple[ObjectSpec, ProviderError]] = []
         files: list[RenderedFile] = []
-        for wanted in spec.objects:
-            answer = answers[wanted.request]
+        secrets: dict[Read, VaultSecret] = {}
+        for wanted, read in zip(spec.objects, reads, strict=True):
+            answer = answers[read]
             try:
                 if isinstance(answer, ProviderError):
                     raise answer
+                secrets[read] = answer
                 files.append(RenderedFile(wanted.name, wanted.mode, render(wanted, answer.response)))
             except ProviderError as error:
                 failures.append((wanted, error))
         if failures:
             raise await self._failed(failures, spec, deadline)
-        self._sessions.settle(spec, reads)
+        self._sessions.settle(spec, secrets)
         versions = tuple(
             (wanted.name, object_version(key, wanted, file.contents))
             for wanted, file in zip(spec.objects, files, strict=True)
@@ -156,6 +160,26 @@ class Mounter:
             can = CAPABILITIES.get(request.method, "update")
             return f'give a policy of role "{spec.login.role}" the capability "{can}" on "{request.path}"'
         return error.advice or "check secretPath, and secretKey"
+
+
+def plan(objects: Sequence[ObjectSpec]) -> list[Read]:
+    """The read that serves each object: one for all that send the same request (docs/contract.md section 2).
+
+    Where they differ in when it is to be renewed or read again, the strictest holds for it; what is to be issued on
+    every mount is never shared with what is kept.
+    """
+    together: dict[tuple[SecretRequest, bool], Read] = {}
+    for wanted in objects:
+        key = (wanted.request, wanted.fresh)
+        read = Read(wanted.request, wanted.fresh, wanted.renew_percent, wanted.refresh_after)
+        before = together.setdefault(key, read)
+        together[key] = Read(
+            wanted.request,
+            wanted.fresh,
+            min(before.renew_percent, read.renew_percent),
+            min(before.refresh_after, read.refresh_after),
+        )
+    return [together[wanted.request, wanted.fresh] for wanted in objects]
 
 
 def _named(objects: Sequence[ObjectSpec]) -> str:

@@ -62,3 +62,12 @@ class Settings:
     cache_size: int = 1000
     kubeconfig: str = ""
     mount_timeout: float = 60.0
+    renew_percent: float = 67.0
+    refresh_after: float = 0.0
+    share_reads: bool = True
+    state_dir: str = ""
+    sweep_interval: float = 60.0
+    node_name: str = ""
+    pod_name: str = ""
+    pod_namespace: str = ""
+    revoke: bool = True

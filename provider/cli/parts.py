@@ -43,7 +43,7 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
         stack.push_async_callback(kubernetes.close)
         key = HmacKey(settings, kubernetes, clock)
         stack.push_async_callback(key.close)
-        sessions = Sessions(servers, clock=clock, cache_size=settings.cache_size)
+        sessions = Sessions(servers, settings, clock=clock, key=key.get)
         stack.push_async_callback(sessions.close)
         renewals = asyncio.create_task(_renew(sessions), name="renewals")
         stack.push_async_callback(_end, renewals)

@@ -2,5 +2,6 @@
 
 from provider.sessions.model import LogIn, Read
 from provider.sessions.registry import Sessions
+from provider.sessions.sweep import Sweeper
 
-__all__ = ["LogIn", "Read", "Sessions"]
+__all__ = ["LogIn", "Read", "Sessions", "Sweeper"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from provider.vault import Auth, VaultSecret
 # docs/contract.md section 1: kubelet re-mounts about every 60 to 90 s, and the driver may skip one of its own. Until a
 # volume has shown its interval, this is taken for it.
 DEFAULT_INTERVAL_SECONDS: Final = 210.0
-# The longest of the last few gaps is the interval: one retry in quick succession must not make it look short.
 REMEMBERED_GAPS: Final = 3
 
 LogIn = Callable[[float], Awaitable[Auth]]
@@ -40,14 +40,22 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One distinct read of a mount."""
+    """One distinct read of a mount, as its objects want it.
+
+    ``fresh`` asks for a response that is issued on every mount and never kept. ``renew_percent`` is the part of its
+    life after which what cannot be renewed is replaced. ``refresh_after``, in seconds, is how old an answer from
+    memory may be; 0 always asks Vault.
+    """
 
     request: SecretRequest
+    fresh: bool = False
+    renew_percent: float = 67.0
+    refresh_after: float = 0.0
 
 
 @dataclass(slots=True)
 class HeldToken:
-    """A token of the pod. ``serial`` grows with each login of the process, so it tells older from newer."""
+    """A token of the pod. ``serial`` grows with each login of the process; one from an earlier process has -1."""
 
     auth: Auth
     life: Lifetime
@@ -96,17 +104,21 @@ class Kept:
 
 @dataclass(slots=True)
 class Volume:
-    """What a session knows of one target path: when it was mounted."""
+    """What a session knows of one target path: when it was mounted, and what may be answered from memory."""
 
     mounted_at: float | None = None
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS))
+    answers: dict[SecretRequest, tuple[VaultSecret, float]] = field(default_factory=dict, repr=False)
 
     def interval(self, now: float) -> float:
-        """The time between two re-mounts that it has shown, this one included; in seconds."""
+        """The time between two re-mounts that it has shown, this one included; in seconds.
+
+        The middle of the last few, so that neither a quick retry nor a night's suspension counts for much.
+        """
         gaps = list(self.gaps)
         if self.mounted_at is not None:
             gaps.append(now - self.mounted_at)
-        return max(gaps[-REMEMBERED_GAPS:]) if gaps else DEFAULT_INTERVAL_SECONDS
+        return statistics.median_high(gaps[-REMEMBERED_GAPS:]) if gaps else DEFAULT_INTERVAL_SECONDS
 
     def mounted(self, now: float) -> None:
         """A mount succeeded."""

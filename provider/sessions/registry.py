@@ -1,4 +1,4 @@
-"""All sessions of the node: found by identity, bounded in number, renewed in the background."""
+"""All sessions of the node: found by identity, bounded in number, renewed in the background, kept across restarts."""
 
 from __future__ import annotations
 
@@ -6,56 +6,68 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Final
 
 from provider.clock import Clock
-from provider.sessions.engines import Engines
 from provider.sessions.model import Identity, LogIn, Read
-from provider.sessions.session import Answers, Session
+from provider.sessions.session import Answers, Session, Surroundings
+from provider.sessions.shared import SharedReads
+from provider.sessions.snapshot import load
+from provider.settings import Settings
 from provider.spc import MountSpec
-from provider.vault import EngineMount, VaultServers
+from provider.state import StateDir, StateUnusable
+from provider.vault import EngineMount, VaultSecret, VaultServers
 
 _log = logging.getLogger(__name__)
 
 # The longest sleep between two looks at what is due. Timers of the event loop do not count the time that the machine
 # was suspended, so after a long night renewals are late by this at most.
-LONGEST_SLEEP_SECONDS = 5.0
+LONGEST_SLEEP_SECONDS: Final = 5.0
 # An idle node wakes no more often than this.
-SHORTEST_SLEEP_SECONDS = 1.0
-RENEW_PERCENT = 67.0
+SHORTEST_SLEEP_SECONDS: Final = 1.0
+# The first mounts wait for the HMAC key, under which sessions of an earlier process are sealed, for this part of
+# their time at most; when it did not come, later ones do not wait, and take up the files once it is there.
+KEY_WAIT_PART: Final = 0.4
+# A session that holds nothing any more is dropped after this much time without a mount.
+EMPTY_SESSION_SECONDS: Final = 600.0
+
+KeySource = Callable[[], Awaitable[bytes | None]]
 
 
 class Sessions:
-    """The sessions of the pods of this node, at most ``cache_size`` of them between mounts."""
+    """The sessions of the pods of this node, at most ``cache_size`` of them between mounts.
 
-    def __init__(
-        self, servers: VaultServers, *, clock: Clock, cache_size: int, renew_percent: float = RENEW_PERCENT
-    ) -> None:
+    ``key`` gives the HMAC key, or None while it is not to be had.
+    """
+
+    def __init__(self, servers: VaultServers, settings: Settings, *, clock: Clock, key: KeySource) -> None:
         self._servers = servers
+        self._settings = settings
         self._clock = clock
-        self._cache_size = cache_size
-        self._renew_percent = renew_percent
-        self._engines = Engines(clock)
-        self._serials = itertools.count()
+        self._key = key
+        self._state: StateDir | None = None
+        self._state_opening: asyncio.Task[None] | None = None
+        self._shared = SharedReads(clock, enabled=settings.share_reads)
+        self._around = Surroundings(clock, self._shared, settings.renew_percent, itertools.count(), lambda: self._state)
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
         self._mounting: dict[Identity, int] = {}
-        self._renewing: set[Identity] = set()
+        self._busy: set[Identity] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._seen_remount = False
+        self.sweeping = False
+        """Whether pods that are gone are found and revoked; where they are not, sessions must idle out."""
+
+    # -- mounts ----------------------------------------------------------------------------------------------------
 
     async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Answers:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
+        await self._await_state(deadline)
         identity = identity_of(spec)
         session = self._sessions.get(identity)
         if session is None:
-            session = self._sessions[identity] = Session(
-                identity,
-                spec.pod,
-                self._servers.get(spec.server),
-                self._engines,
-                clock=self._clock,
-                renew_percent=self._renew_percent,
-                serials=self._serials,
-            )
+            vault = self._servers.get(spec.server)
+            session = self._sessions[identity] = Session(identity, spec.pod, vault, self._around)
         self._sessions.move_to_end(identity)
         self._mounting[identity] = self._mounting.get(identity, 0) + 1
         try:
@@ -64,61 +76,157 @@ class Sessions:
             self._mounting[identity] -= 1
             if not self._mounting[identity]:
                 del self._mounting[identity]
-            self._shrink()
 
-    def settle(self, spec: MountSpec, reads: Sequence[Read]) -> None:
-        """The mount succeeded: its volume now asks for ``reads`` and nothing else, under this identity alone."""
+    def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret]) -> None:
+        """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone."""
         identity = identity_of(spec)
-        for other, session in self._sessions.items():
-            if other.pod_uid == identity.pod_uid:
-                if other == identity:
-                    session.settle(spec.target_path, reads)
-                else:
-                    session.forget(spec.target_path)
+        for other in self.of_pod(spec.pod.uid):
+            if other.identity == identity:
+                self._seen_remount |= other.settle(spec.target_path, answers)
+            else:
+                other.forget(spec.target_path)
+            if other.dirty:
+                self._spawn(other.flush())
+        self._shrink()
 
     async def engine_of(self, spec: MountSpec, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, where this pod's token may know it; it is not worth a failure."""
         session = self._sessions.get(identity_of(spec))
         return await session.engine_of(path, deadline) if session is not None else None
 
+    # -- the background --------------------------------------------------------------------------------------------
+
     async def run(self) -> None:
-        """Renew what is due, until cancelled."""
+        """Take up the sessions of an earlier process, then renew what is due, until cancelled."""
         while True:
             now = self._clock.now()
             next_at = min((session.next_renewal() for session in self._sessions.values()), default=float("inf"))
+            if self._settings.state_dir and self._state is None:
+                self._open_state()
             await asyncio.sleep(min(LONGEST_SLEEP_SECONDS, max(SHORTEST_SLEEP_SECONDS, next_at - now)))
             self.renew_due()
 
     def renew_due(self) -> None:
-        """Start the renewal of every session that has something due and is not at it already."""
+        """Start the renewal of every session that has something due, and drop those that hold nothing any more."""
         now = self._clock.now()
-        for identity, session in self._sessions.items():
-            if identity not in self._renewing and session.next_renewal() <= now:
-                self._renewing.add(identity)
-                task = asyncio.create_task(self._renew(identity, session))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+        for identity, session in list(self._sessions.items()):
+            if identity in self._busy or identity in self._mounting:
+                continue
+            idle = now - session.mounted_at
+            if idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
+                del self._sessions[identity]
+                self._spawn(session.remove_file())
+            elif session.next_renewal() <= now and not self._idles_out(session, idle):
+                self._busy.add(identity)
+                self._spawn(self._renew(identity, session))
+
+    def of_pod(self, uid: str) -> list[Session]:
+        """The sessions of one pod."""
+        return [session for identity, session in self._sessions.items() if identity.pod_uid == uid]
+
+    def all(self) -> list[Session]:
+        """All sessions, the least recently mounted first."""
+        return list(self._sessions.values())
+
+    def end(self, uid: str) -> None:
+        """The pod is gone: drop its sessions, and revoke what they held, in the background."""
+        for session in self.of_pod(uid):
+            del self._sessions[session.identity]
+            self._spawn(session.revoke())
+
+    def may_sweep(self) -> bool:
+        """Whether this process may sweep: of several on one state directory only the holder of its lock."""
+        if not self._settings.state_dir:
+            return True
+        try:
+            return self._state is not None and self._state.hold()
+        except StateUnusable as error:
+            _log.warning("%s", error)
+            return False
 
     async def close(self) -> None:
         """End all that is under way. Nothing is revoked: the pods live on."""
-        for task in list(self._tasks):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for session in self._sessions.values():
-            await session.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+        await self._shared.close()
+        if self._state is not None:
+            self._state.close()
+
+    def _idles_out(self, session: Session, idle: float) -> bool:
+        """Whether to leave a session to its TTL: its pod is likely gone, and nobody can say so.
+
+        Where re-mounts come at all, a pod that lives is mounted again within minutes.
+        """
+        return not self.sweeping and self._seen_remount and idle > max(EMPTY_SESSION_SECONDS, session.token_ttl())
 
     async def _renew(self, identity: Identity, session: Session) -> None:
         try:
             await session.renew()
         finally:
-            self._renewing.discard(identity)
+            self._busy.discard(identity)
 
     def _shrink(self) -> None:
-        for identity in list(self._sessions):
-            if len(self._sessions) <= self._cache_size:
+        for identity, session in list(self._sessions.items()):
+            if len(self._sessions) <= self._settings.cache_size:
                 break
             if identity not in self._mounting:
                 del self._sessions[identity]
+                self._spawn(session.let_go())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    async def _await_state(self, deadline: float) -> None:
+        if self._settings.state_dir and self._state is None:
+            waited = self._state_opening is not None and self._state_opening.done()
+            opening = self._open_state()
+            if not waited:
+                left = deadline - asyncio.get_running_loop().time()
+                await asyncio.wait([opening], timeout=left * KEY_WAIT_PART)
+
+    def _open_state(self) -> asyncio.Task[None]:
+        if self._state_opening is None or self._state_opening.done():
+            self._state_opening = asyncio.create_task(self._open())
+            self._tasks.add(self._state_opening)
+            self._state_opening.add_done_callback(self._tasks.discard)
+        return self._state_opening
+
+    async def _open(self) -> None:
+        key = await self._key()
+        if key is None:
+            return
+        try:
+            state = await asyncio.to_thread(StateDir, self._settings.state_dir, key)
+        except StateUnusable as error:
+            _log.warning("%s; sessions are kept in memory only", error)
+            return
+        restored = 0
+        for name in await asyncio.to_thread(state.keys):
+            entry = await state.load(name)
+            if entry is None:
+                continue
+            try:
+                snapshot = load(entry.payload, self._clock)
+            except ValueError as error:
+                state.set_aside(name, str(error))
+                continue
+            if snapshot.identity not in self._sessions:
+                vault = self._servers.get(snapshot.identity.server)
+                session = Session(snapshot.identity, snapshot.pod, vault, self._around)
+                session.adopt(snapshot, entry.generation)
+                self._sessions[snapshot.identity] = session
+                self._sessions.move_to_end(snapshot.identity, last=False)
+                restored += 1
+        self._state = state
+        if restored:
+            _log.info("took up the sessions of an earlier process", extra={"sessions": restored})
 
 
 def identity_of(spec: MountSpec) -> Identity:

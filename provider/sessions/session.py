@@ -2,25 +2,31 @@
 
 State is changed between two awaits only, by this class alone. What issues something (a login, a read that may give a
 lease) runs in a task of the session: a caller who goes away orphans nothing, and who asks again joins what is under
-way instead of sending it twice.
+way instead of sending it twice. Such a task holds the session's file, where there is a state directory, so that two
+daemons that overlap do not issue twice either.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import math
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
-from provider.sessions.engines import Engines
 from provider.sessions.lifetime import Lifetime, must_replace
 from provider.sessions.model import HeldToken, Identity, Kept, LogIn, Read, Volume
+from provider.sessions.shared import SharedReads
+from provider.sessions.snapshot import Snapshot, dump, load, merge
+from provider.settings import MAX_OBJECTS
 from provider.spc import Pod, SecretRequest
+from provider.state import Entry, StateDir, StateUnusable
 from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
@@ -31,8 +37,24 @@ _T = TypeVar("_T")
 POLICY_LOGIN_SECONDS: Final = 300.0
 # What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
 ANSWER_SECONDS: Final = 300.0
+# One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
+RENEWAL_SECONDS: Final = 30.0
 
-Answers = dict[SecretRequest, VaultSecret | ProviderError]
+# Requests that are remembered to have given nothing to keep; past it they are learnt anew.
+MAX_STATIC: Final = 4 * MAX_OBJECTS
+
+Answers = dict[Read, VaultSecret | ProviderError]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all sessions of the daemon have in common. ``state`` gives the state directory once it can be used."""
+
+    clock: Clock
+    shared: SharedReads
+    renew_percent: float
+    serials: itertools.count[int]
+    state: Callable[[], StateDir | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +69,27 @@ class _Mount:
 
 
 class Session:
-    """The session of one Identity. ``pod`` is for logs; ``serials`` numbers logins across the process."""
+    """The session of one Identity. ``pod`` is for logs and for the sweep."""
 
-    def __init__(
-        self,
-        identity: Identity,
-        pod: Pod,
-        vault: Vault,
-        engines: Engines,
-        *,
-        clock: Clock,
-        renew_percent: float,
-        serials: itertools.count[int],
-    ) -> None:
+    def __init__(self, identity: Identity, pod: Pod, vault: Vault, around: Surroundings) -> None:
         self.identity = identity
         self.pod = pod
+        self.mounted_at = float("-inf")  # the clock's time at which a mount last began
         self._vault = vault
-        self._engines = engines
-        self._clock = clock
-        self._percent = renew_percent
-        self._serials = serials
+        self._around = around
+        self._clock = around.clock
         self._tokens: list[HeldToken] = []
         self._kept: dict[SecretRequest, Kept] = {}
         self._volumes: dict[str, Volume] = {}
+        self._static: set[SecretRequest] = set()
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._policy_login_at = float("-inf")
+        self._ended = False
+        self._gate = asyncio.Lock()
+        self._holders = 0
+        self._hold = contextlib.AsyncExitStack()
+        self._generation = 0
+        self.dirty = False  # whether something changed that the session's file does not hold
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
@@ -79,19 +97,43 @@ class Session:
         """The answer to each of ``reads``, or the error that it failed with.
 
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time.
-
         Where the login fails, all of them have the one error object in common.
         """
-        now = self._clock.now()
+        now = self.mounted_at = self._clock.now()
         shown = self._volumes.get(volume) or Volume()
         newest = self._tokens[-1].serial if self._tokens else -1
         mount = _Mount(volume, newest, shown.interval(now), log_in, deadline)
         answers = await self._all(reads, mount)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
-        void = [read for read in reads if self._void(answers[read.request])]
+        void = [read for read in reads if self._void(read, answers[read])]
         if void:
             answers |= await self._all(void, mount)
         return answers
+
+    def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
+        """The mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
+
+        Returns whether it was a re-mount.
+        """
+        now = self._clock.now()
+        shown = self._volumes.setdefault(volume, Volume())
+        again = shown.mounted_at is not None
+        shown.mounted(now)
+        remembered, shown.answers = shown.answers, {}
+        for read, secret in answers.items():
+            kept = self._kept.get(read.request)
+            if kept is not None and not read.fresh:
+                kept.volumes.add(volume)
+            elif read.refresh_after > 0 and not read.fresh:
+                before = remembered.get(read.request)
+                shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
+        self._drop(volume, keep={read.request for read in answers if not read.fresh})
+        return again
+
+    def forget(self, volume: str) -> None:
+        """Another session mounts ``volume`` now: nothing here is kept for it any more."""
+        self._volumes.pop(volume, None)
+        self._drop(volume, keep=frozenset())
 
     async def engine_of(self, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, or None where that cannot be learnt by the deadline."""
@@ -99,30 +141,17 @@ class Session:
             return None
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._engines.find(self._vault, path, self._tokens[-1].auth.token, deadline)
+                return await self._around.shared.engine(self._vault, path, self._tokens[-1].auth.token, deadline)
         except TimeoutError:
             return None
 
-    def settle(self, volume: str, reads: Sequence[Read]) -> None:
-        """The mount of ``volume`` succeeded with ``reads``: what it does not ask for any more is let go."""
-        self._volumes.setdefault(volume, Volume()).mounted(self._clock.now())
-        wanted = {read.request for read in reads}
+    def _drop(self, volume: str, keep: set[SecretRequest] | frozenset[SecretRequest]) -> None:
         for request, kept in list(self._kept.items()):
-            if request in wanted:
-                kept.volumes.add(volume)
-            else:
-                self._let_go(kept, volume)
-
-    def forget(self, volume: str) -> None:
-        """Another session mounts ``volume`` now: nothing here is kept for it any more."""
-        if self._volumes.pop(volume, None) is not None:
-            for kept in list(self._kept.values()):
-                self._let_go(kept, volume)
-
-    def _let_go(self, kept: Kept, volume: str) -> None:
-        kept.volumes.discard(volume)
-        if not kept.volumes and self._kept.get(kept.request) is kept:
-            del self._kept[kept.request]
+            if request not in keep and volume in kept.volumes:
+                kept.volumes.discard(volume)
+                if not kept.volumes:
+                    del self._kept[request]
+                self.dirty = True
 
     async def _all(self, reads: Sequence[Read], mount: _Mount) -> Answers:
         async def one(read: Read) -> VaultSecret | ProviderError:
@@ -131,16 +160,19 @@ class Session:
             except ProviderError as error:
                 return error
 
-        return dict(zip((read.request for read in reads), await asyncio.gather(*map(one, reads)), strict=True))
+        return dict(zip(reads, await asyncio.gather(*map(one, reads)), strict=True))
 
     async def _one(self, read: Read, mount: _Mount) -> VaultSecret:
-        kept = self._wanted(read.request, mount)
-        if kept is not None:
-            kept.volumes.add(mount.volume)
-            return kept.secret
+        if read.fresh:
+            return await self._join((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
+        found = self._wanted(read.request, mount) or self._remembered(read, mount)
+        if found is not None:
+            return found
+        if read.request in self._static and self._tokens and self._tokens[-1].usable(self._clock.now()):
+            return await self._join(read.request, lambda: self._obtain(read, mount), issues=False)
         return await self._join(read.request, lambda: self._obtain(read, mount))
 
-    def _wanted(self, request: SecretRequest, mount: _Mount) -> Kept | None:
+    def _wanted(self, request: SecretRequest, mount: _Mount) -> VaultSecret | None:
         """What is kept for ``request``, unless this mount must bring a fresh one."""
         kept = self._kept.get(request)
         now = self._clock.now()
@@ -151,16 +183,29 @@ class Session:
             and kept.token.serial <= mount.began
         ):
             return None
-        return kept
+        if mount.volume not in kept.volumes:
+            kept.volumes.add(mount.volume)
+            self.dirty = True
+        return kept.secret
 
-    def _void(self, answer: VaultSecret | ProviderError) -> bool:
-        if isinstance(answer, ProviderError) or not answer.leased:
+    def _remembered(self, read: Read, mount: _Mount) -> VaultSecret | None:
+        """What was read for this volume less than ``refresh_after`` ago."""
+        volume = self._volumes.get(mount.volume)
+        secret, at = volume.answers.get(read.request, (None, 0.0)) if volume is not None else (None, 0.0)
+        return secret if self._clock.now() < at + read.refresh_after else None
+
+    def _void(self, read: Read, answer: VaultSecret | ProviderError) -> bool:
+        if isinstance(answer, ProviderError) or not answer.leased or read.fresh:
             return False
-        return not any(kept.secret is answer and kept.lives(self._clock.now()) for kept in self._kept.values())
+        kept = self._kept.get(read.request)
+        return kept is None or kept.secret is not answer or not kept.lives(self._clock.now())
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
         request = read.request
+        found = self._wanted(request, mount)  # another daemon may have left it in the state directory
+        if found is not None:
+            return found
         old = self._kept.get(request)
         try:
             token = await self._token(mount, for_lease=old is not None)
@@ -170,7 +215,13 @@ class Session:
                 raise
             _log.warning("kept the old credential of %s: %s", request.path, error, extra=self._about())
             return old.secret
-        await self._keep(request, secret, token, mount)
+        await self._keep(read, secret, token, mount)
+        return secret
+
+    async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
+        """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
+        secret, token = await self._read(read.request, await self._token(mount), mount)
+        token.bears_leases |= secret.leased
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
@@ -179,7 +230,7 @@ class Session:
         except AccessDenied:
             if token.serial > mount.began:
                 raise
-            fresh = await self._join(("denied", token.serial), lambda: self._after_denial(token, mount))
+            fresh = await self._join(("denied", id(token)), lambda: self._after_denial(token, mount))
             if fresh is None:
                 raise
         secret = await self._send(request, fresh, mount)
@@ -190,48 +241,55 @@ class Session:
 
     async def _send(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> VaultSecret:
         token.spend()
-        return await self._vault.read(request, token.auth.token, mount.deadline)
+        return await self._around.shared.read(self._vault, request, token.auth, mount.deadline)
 
     async def _after_denial(self, token: HeldToken, mount: _Mount) -> HeldToken | None:
         """A token to try once more with after a 403, or None where the policies deny the read."""
-        if self._tokens and self._tokens[-1] is not token and self._tokens[-1].serial > mount.began:
+        if self._tokens[-1] is not token and self._tokens[-1].serial > mount.began:
             return self._tokens[-1]
         lives = await self._vault.token_lives(token.auth.token, mount.deadline)
-        sure = lives or "default" in token.auth.policies
-        if lives or not sure:
+        if not lives and "default" in token.auth.policies:
+            self._bury(token)
+        else:
             now = self._clock.now()
             if now < self._policy_login_at + POLICY_LOGIN_SECONDS:
                 return None
             self._policy_login_at = now
-        else:
-            self._bury(token)
         return await self._join("login", lambda: self._log_in(mount))
 
     def _bury(self, token: HeldToken) -> None:
         token.dead = True
         _log.warning("Vault does not know the pod's token any more; logging in anew", extra=self._about())
 
-    async def _keep(self, request: SecretRequest, secret: VaultSecret, token: HeldToken, mount: _Mount) -> None:
-        end = secret.certificate_end
+    async def _keep(self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount) -> None:
+        request, end = read.request, secret.certificate_end
         if secret.leased:
             ttl, renewable = secret.lease_duration, secret.renewable
             token.bears_leases = True
         elif end is not None and await self._issued(request, token, mount):
             ttl, renewable = max(1.0, end - self._clock.wall()), False
         else:
-            self._kept.pop(request, None)
+            if len(self._static) >= MAX_STATIC:
+                self._static.clear()
+            self._static.add(request)
+            if self._kept.pop(request, None) is not None:
+                self.dirty = True
             return
         now = self._clock.now()
-        life = Lifetime.start(now, ttl, renewable=renewable, percent=self._percent, luck=random.random())
+        life = Lifetime.start(now, ttl, renewable=renewable, percent=self._around.renew_percent, luck=random.random())
         old = self._kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
-        kept = self._kept[request] = Kept(request, secret, life, token, volumes, self._percent)
+        kept = self._kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
+        self.dirty = True
         _log.info(
-            "%s a credential",
-            "issued" if old is None else "re-issued",
-            extra=self._about() | {"path": request.path},
+            "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
         self._warn_if_short(kept, mount.interval)
+
+    async def _issued(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> bool:
+        """Whether a certificate was issued, not stored: a user of ``kv`` may call keys as they like."""
+        engine = await self._around.shared.engine(self._vault, request.path, token.auth.token, mount.deadline)
+        return engine is None or engine.kind != "kv"
 
     def _warn_if_short(self, kept: Kept, interval: float) -> None:
         left = kept.final_end - self._clock.now()
@@ -240,17 +298,8 @@ class Session:
                 "a credential ends before its volume is mounted again: raise its TTL or maximum TTL, or those of the "
                 "auth role's tokens",
                 extra=self._about()
-                | {
-                    "path": kept.request.path,
-                    "seconds_left": round(left),
-                    "interval_seconds": round(interval),
-                },
+                | {"path": kept.request.path, "seconds_left": round(left), "interval_seconds": round(interval)},
             )
-
-    async def _issued(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> bool:
-        """Whether a certificate was issued, not stored: a user of ``kv`` may call keys as they like."""
-        engine = await self._engines.find(self._vault, request.path, token.auth.token, mount.deadline)
-        return engine is None or engine.kind != "kv"
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
@@ -271,92 +320,265 @@ class Session:
             self._clock.now(),
             auth.ttl,
             renewable=auth.renewable and not auth.num_uses,
-            percent=self._percent,
+            percent=self._around.renew_percent,
             luck=random.random(),
         )
-        token = HeldToken(auth, life, next(self._serials), auth.num_uses or None)
-        self._tokens.append(token)
+        token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
+        superseded, self._tokens = self._tokens, [*self._tokens, token]
+        self.dirty = True
+        for old in superseded:
+            if not old.bears_leases and old.usable(self._clock.now()):
+                # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
+                self._start(("revoke", id(old)), self._revoke_quietly(old))
         _log.info("logged in", extra=self._about() | {"accessor": auth.accessor, "ttl_seconds": auth.ttl})
         return token
+
+    async def _revoke_quietly(self, token: HeldToken) -> None:
+        token.dead = True
+        with contextlib.suppress(ProviderError):
+            await self._vault.revoke_token(token.auth.token, self._soon())
 
     # -- renewal ---------------------------------------------------------------------------------------------------
 
     def next_renewal(self) -> float:
         """When ``renew`` has something to do, in the clock's time; infinite for never."""
-        return min((life.renew_at for life, _ in self._renewals()), default=float("inf"))
+        tokens, leases = self._renewable()
+        lives = [token.life.renew_at for token in tokens] + [kept.life.renew_at for kept in leases]
+        return min(lives, default=math.inf)
 
     async def renew(self) -> None:
         """Renew what is due, tokens first: a lease lives at most as long as its token."""
-        for life, ask in list(self._renewals()):
-            if life.renew_at > self._clock.now():
-                continue
-            deadline = asyncio.get_running_loop().time() + max(1.0, min(30.0, life.expires_at - self._clock.now()))
-            life.renew_at = float("inf")  # under way; what follows sets it anew
-            luck = random.random()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    ttl = await ask(deadline)
-            except LeaseGone as gone:
-                life.gone(self._clock.now())
-                _log.warning("renewal: %s; the next re-mount brings a new one", gone, extra=self._about())
-            except RenewalRefused as refused:
-                life.refused()
-                _log.info("renewal refused: %s; the next re-mount brings a new one", refused, extra=self._about())
-            except (ProviderError, TimeoutError) as error:
-                life.unanswered(self._clock.now(), luck)
-                _log.warning("renewal unanswered, trying again: %s", error, extra=self._about())
-            else:
-                life.renewed(self._clock.now(), ttl, percent=self._percent, luck=luck)
-                for kept in self._kept.values():
-                    if life.ended and life in (kept.life, kept.carrier):
-                        self._warn_if_short(kept, self._longest_interval(kept))
+        async with self._exclusive():
+            tokens, _ = self._renewable()
+            for token in tokens:
+                await self._renew(token.life, self._vault.renew_token, token.auth.token)
+            _, leases = self._renewable()
+            await asyncio.gather(
+                *(
+                    self._renew(
+                        kept.life,
+                        self._vault.renew_lease,
+                        kept.token.auth.token,
+                        kept.secret.lease_id,
+                        path=kept.request.path,
+                    )
+                    for kept in leases
+                )
+            )
+            for kept in leases:
+                if kept.life.ended or kept.token.life.ended:
+                    self._warn_if_short(kept, self._longest_interval(kept))
+
+    async def _renew(
+        self, life: Lifetime, ask: Callable[..., Coroutine[Any, Any, float]], *what: object, path: str = "auth/token"
+    ) -> None:
+        if life.renew_at > self._clock.now():
+            return
+        about = self._about() | {"path": path}
+        luck = random.random()
+        self.dirty = True
+        try:
+            async with asyncio.timeout(RENEWAL_SECONDS):
+                ttl = await ask(*what, life.granted, self._soon())
+        except LeaseGone as gone:
+            life.gone(self._clock.now())
+            _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
+        except RenewalRefused as refused:
+            life.refused()
+            _log.info("not renewed any further: %s; the next re-mount brings a new one", refused, extra=about)
+        except (ProviderError, TimeoutError) as error:
+            life.unanswered(self._clock.now(), luck)
+            _log.warning("renewal unanswered, trying again: %s", error, extra=about)
+        else:
+            life.renewed(self._clock.now(), ttl, percent=self._around.renew_percent, luck=luck)
+            _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
+
+    def _renewable(self) -> tuple[list[HeldToken], list[Kept]]:
+        """The tokens and the leases that renewal is about: the current token, and all on which something hangs."""
+        now = self._clock.now()
+        leases = [kept for kept in self._kept.values() if kept.secret.leased and kept.lives(now)]
+        needed = {id(kept.token) for kept in leases}
+        tokens = [
+            token
+            for number, token in enumerate(self._tokens, 1)
+            if token.usable(now) and (number == len(self._tokens) or id(token) in needed)
+        ]
+        return tokens, leases
 
     def _longest_interval(self, kept: Kept) -> float:
         now = self._clock.now()
         return max((self._volumes[name].interval(now) for name in kept.volumes if name in self._volumes), default=0.0)
 
-    def _renewals(self) -> Sequence[tuple[Lifetime, Callable[[float], Coroutine[Any, Any, float]]]]:
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def holds_nothing(self) -> bool:
+        """Whether all that it ever had at Vault is over, so that it can be dropped without a word."""
         now = self._clock.now()
-        self._tokens = [token for token in self._tokens if token.usable(now) or token is self._tokens[-1]]
-        needed = {id(kept.token) for kept in self._kept.values() if kept.secret.leased}
+        return (
+            not self._under_way
+            and not any(token.usable(now) for token in self._tokens)
+            and not any(kept.lives(now) for kept in self._kept.values())
+        )
 
-        def of_token(token: HeldToken) -> Callable[[float], Coroutine[Any, Any, float]]:
-            return lambda deadline: self._vault.renew_token(token.auth.token, token.life.granted, deadline)
+    def token_ttl(self) -> float:
+        """The life that the current token was given, in seconds; 0 without a token or without an end."""
+        return self._tokens[-1].life.granted if self._tokens else 0.0
 
-        def of_lease(kept: Kept) -> Callable[[float], Coroutine[Any, Any, float]]:
-            return lambda deadline: self._vault.renew_lease(
-                kept.token.auth.token, kept.secret.lease_id, kept.life.granted, deadline
-            )
+    async def revoke(self) -> None:
+        """The pod is gone: revoke all its tokens, and so all that it was given; then remove its file.
 
-        tokens = [
-            (token.life, of_token(token))
-            for token in self._tokens
-            if not token.dead and (token is self._tokens[-1] or id(token) in needed)
-        ]
-        leases = [(kept.life, of_lease(kept)) for kept in self._kept.values() if kept.secret.leased and kept.lives(now)]
-        return tokens + leases
+        What fails is tried again with backoff until the token's own expiry.
+        """
+        self._ended = True
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        self._kept.clear()
+        self._volumes.clear()
+        await asyncio.gather(*map(self._revoke_surely, self._tokens))
+        await self.remove_file()
+
+    async def _revoke_surely(self, token: HeldToken) -> None:
+        wait = 1.0
+        while token.usable(self._clock.now()):
+            try:
+                async with asyncio.timeout(RENEWAL_SECONDS):
+                    await self._vault.revoke_token(token.auth.token, self._soon())
+            except RenewalRefused as refused:
+                _log.info("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
+                return
+            except (ProviderError, TimeoutError) as error:
+                _log.warning("revocation failed, trying again: %s", error, extra=self._about())
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+                wait = min(60.0, wait * 2)
+            else:
+                token.dead = True
+                _log.info(
+                    "revoked the token of a pod that is gone", extra=self._about() | {"accessor": token.auth.accessor}
+                )
+
+    async def let_go(self) -> None:
+        """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""
+        self._ended = True
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        for token in self._tokens:
+            if not token.bears_leases and token.usable(self._clock.now()):
+                await self._revoke_quietly(token)
+        await self.remove_file()
+
+    async def close(self) -> None:
+        """The process ends: nothing is revoked, and what is under way is abandoned."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
-    async def _join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away."""
+    async def _join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, issues: bool = True) -> _T:
+        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away.
+
+        ``issues`` says that it may issue something, and so must hold the session's file.
+        """
         task = self._under_way.get(key)
         if task is None:
-            task = self._under_way[key] = asyncio.create_task(_bounded(start()))
-            task.add_done_callback(lambda done: self._done(key, done))
+            task = self._start(key, self._holding(start) if issues else start())
         result: _T = await asyncio.shield(task)
         return result
+
+    def _start(self, key: object, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = self._under_way[key] = asyncio.create_task(_bounded(work))
+        task.add_done_callback(lambda done: self._done(key, done))
+        return task
 
     def _done(self, key: object, task: asyncio.Task[Any]) -> None:
         del self._under_way[key]
         if not task.cancelled():
             task.exception()  # seen: who waited may be gone, and Python would complain of an exception never read
 
-    async def close(self) -> None:
-        """Wait for nothing more: the process ends, or the session is let go."""
-        for task in list(self._under_way.values()):
-            task.cancel()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+    async def _holding(self, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        async with self._exclusive():
+            return await start()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def adopt(self, snapshot: Snapshot, generation: int) -> None:
+        """Take over what a file holds."""
+        self._tokens, self._kept = merge(self._tokens, self._kept, snapshot)
+        self._generation = generation
+
+    async def flush(self) -> None:
+        """Write what changed, if anything did."""
+        if self.dirty and not self._ended:
+            async with self._exclusive():
+                pass
+
+    async def remove_file(self) -> None:
+        """Remove the session's file, if there is one."""
+        store = self._around.state()
+        if store is not None:
+            with contextlib.suppress(StateUnusable):
+                async with store.lock(self.identity.key):
+                    store.remove(self.identity.key)
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self) -> AsyncIterator[None]:
+        """Hold the session's file against another daemon, knowing what that one wrote; write before letting go.
+
+        Tasks of this process hold it together: the first takes the lock, the last writes and lets go.
+        """
+        async with self._gate:
+            if not self._holders:
+                await self._take()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            async with self._gate:
+                self._holders -= 1
+                if not self._holders:
+                    try:
+                        await self._write()
+                    finally:
+                        await self._hold.aclose()
+
+    async def _take(self) -> None:
+        store = self._around.state()
+        if store is None:
+            return
+        key = self.identity.key
+        try:
+            await self._hold.enter_async_context(store.lock(key))
+        except StateUnusable as error:
+            _log.warning("%s", error, extra=self._about())
+            return
+        generation = store.generation(key)
+        if generation is None or generation == self._generation:
+            return
+        entry = await store.load(key)
+        if entry is not None:
+            try:
+                self.adopt(load(entry.payload, self._clock), entry.generation)
+            except ValueError as error:
+                store.set_aside(key, str(error))
+
+    async def _write(self) -> None:
+        store = self._around.state()
+        if store is None or not self.dirty or self._ended:
+            return
+        self.dirty = False
+        now = self._clock.now()
+        needed = {id(kept.token) for kept in self._kept.values()}
+        self._tokens = [token for token in self._tokens if token.usable(now) or id(token) in needed]
+        snapshot = Snapshot(self.identity, self.pod, self._tokens, list(self._kept.values()))
+        try:
+            await store.save(self.identity.key, Entry(self._generation + 1, dump(snapshot, self._clock)))
+        except StateUnusable as error:
+            self.dirty = True
+            _log.warning("%s", error, extra=self._about())
+        else:
+            self._generation += 1
+
+    def _soon(self) -> float:
+        return asyncio.get_running_loop().time() + RENEWAL_SECONDS
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}

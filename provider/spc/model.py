@@ -74,13 +74,20 @@ class SecretRequest:
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """One file of the volume. ``key`` None asks for the whole response; ``mode`` is 0 to 0o777."""
+    """One file of the volume. ``key`` None asks for the whole response; ``mode`` is 0 to 0o777.
+
+    ``fresh`` asks for a response that is issued on every mount; ``renew_percent`` is the part of its life after which
+    what cannot be renewed is replaced; ``refresh_after``, in seconds, is how old an answer from memory may be.
+    """
 
     name: str
     request: SecretRequest
     key: str | None
     mode: int
     encoding: Encoding
+    fresh: bool = False
+    renew_percent: float = 67.0
+    refresh_after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,115 @@
+"""Reads that pods may share while they are in flight, and what must be known for it: which engine serves a path.
+
+Only pods that Vault cannot tell apart share (one server, one entity, one set of policies), and only a GET on a mount
+that is known to be ``kv``: nothing else answers all tokens of one principal alike (docs/contract.md section 3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from provider.clock import Clock
+from provider.errors import ProviderError, VaultUnavailable
+from provider.redact import Sensitive
+from provider.spc import SecretRequest, VaultServer
+from provider.vault import Auth, EngineMount, Vault, VaultSecret
+
+# A mount that is disabled and enabled again as another engine is a rare event; this bounds how long it is missed.
+KNOWN_FOR_SECONDS: Final = 600.0
+# Where a token may not ask which engine it reads from, it is not asked again for a while.
+UNTOLD_FOR_SECONDS: Final = 60.0
+# Asking for the engine is never in the way of a mount, so it need not wait long either.
+ASK_SECONDS: Final = 5.0
+# Never on a secrets engine that pods could share, whatever is mounted.
+_NEVER: Final = ("auth/", "sys/", "cubbyhole/", "identity/")
+
+
+class SharedReads:
+    """Reads in flight and known engines of all Vaults in use. ``enabled`` False sends each read by itself."""
+
+    def __init__(self, clock: Clock, *, enabled: bool = True) -> None:
+        self._clock = clock
+        self._enabled = enabled
+        self._engines: dict[VaultServer, dict[str, tuple[EngineMount, float]]] = {}
+        self._untold: dict[tuple[VaultServer, str], float] = {}
+        self._under_way: dict[object, asyncio.Task[Any]] = {}
+
+    async def read(self, vault: Vault, request: SecretRequest, auth: Auth, deadline: float) -> VaultSecret:
+        """The answer to ``request``: one in flight where it may be shared, else one of our own.
+
+        Raises what ``Vault.read`` raises.
+        """
+        if not self._enabled or request.method != "GET" or request.body is not None or not auth.entity_id:
+            return await vault.read(request, auth.token, deadline)
+        engine = self._known(vault.server, request.path)
+        if engine is None:
+            secret = await vault.read(request, auth.token, deadline)
+            self._learn(vault, request.path, auth.token)
+            return secret
+        if engine.kind != "kv":
+            return await vault.read(request, auth.token, deadline)
+        key = (vault.server, auth.entity_id, auth.policies, request)
+        task = self._under_way.get(key)
+        if task is None:
+            return await asyncio.shield(self._start(key, vault.read(request, auth.token, deadline)))
+        try:
+            shared: VaultSecret = await asyncio.shield(task)
+        except ProviderError:
+            # It failed under another pod's token, and within another mount's time.
+            return await vault.read(request, auth.token, deadline)
+        return shared
+
+    async def engine(self, vault: Vault, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
+        """The engine that serves ``path``, asking Vault where it is not known; None where Vault does not tell."""
+        engine = self._known(vault.server, path)
+        if engine is None:
+            try:
+                engine = await vault.engine_of(path, token, deadline)
+            except VaultUnavailable:
+                return None
+            if engine is not None:
+                until = self._clock.now() + KNOWN_FOR_SECONDS
+                self._engines.setdefault(vault.server, {})[engine.path] = (engine, until)
+        return engine
+
+    async def close(self) -> None:
+        """End what is under way."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _known(self, server: VaultServer, path: str) -> EngineMount | None:
+        for prefix, (engine, until) in self._engines.get(server, {}).items():
+            if path.startswith(prefix) and self._clock.now() < until:
+                return engine
+        return None
+
+    def _learn(self, vault: Vault, path: str, token: Sensitive[str]) -> None:
+        """Ask for the engine of ``path`` in the background, once for all who read below the same first element."""
+        key = (vault.server, path.split("/", 1)[0])
+        if path.startswith(_NEVER) or key in self._under_way or self._clock.now() < self._untold.get(key, 0.0):
+            return
+        self._start(key, self._ask(vault, path, token, key))
+
+    async def _ask(self, vault: Vault, path: str, token: Sensitive[str], key: tuple[VaultServer, str]) -> None:
+        deadline = asyncio.get_running_loop().time() + ASK_SECONDS
+        engine = None
+        try:
+            async with asyncio.timeout_at(deadline):
+                engine = await self.engine(vault, path, token, deadline)
+        except TimeoutError:
+            pass
+        if engine is None:
+            self._untold[key] = self._clock.now() + UNTOLD_FOR_SECONDS
+
+    def _start(self, key: object, work: Any) -> asyncio.Task[Any]:
+        task = self._under_way[key] = asyncio.create_task(work)
+        task.add_done_callback(lambda done: self._done(key, done))
+        return task
+
+    def _done(self, key: object, task: asyncio.Task[Any]) -> None:
+        del self._under_way[key]
+        if not task.cancelled():
+            task.exception()  # seen by whoever waited, if anybody still did

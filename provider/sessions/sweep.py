@@ -1,0 +1,126 @@
+"""The end of a pod, which nobody announces: pods that are gone are found, and their tokens revoked.
+
+A pod counts as gone only when it is absent from two sweeps in a row, had no mount between them, and an uncached look
+by its name confirms it: revoking a living pod's credentials would be worse than any that are left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Set
+from typing import Protocol
+
+from provider.clock import Clock
+from provider.errors import KubernetesDenied, KubernetesUnavailable
+from provider.sessions.registry import Sessions
+from provider.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+
+class NodePods(Protocol):
+    """What a listing of a node's pods says; finished pods are left out."""
+
+    @property
+    def uids(self) -> Set[str]:
+        """UIDs of the pods."""
+        ...
+
+    @property
+    def names(self) -> Set[tuple[str, str]]:
+        """The pods as (namespace, name)."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether the listing was not cut short."""
+        ...
+
+
+class PodSource(Protocol):
+    """Who knows the pods. Both raise KubernetesUnavailable; KubernetesDenied where it is for want of permission."""
+
+    async def list_pods(self, node_name: str) -> NodePods:
+        """The pods of a node that have not finished, from the API server's cache."""
+        ...
+
+    async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
+        """Whether this very pod exists and has not finished, not from a cache."""
+        ...
+
+
+class Sweeper:
+    """Looks for sessions of pods that are gone, once every ``sweep_interval``."""
+
+    def __init__(self, sessions: Sessions, pods: PodSource, settings: Settings, *, clock: Clock) -> None:
+        self._sessions = sessions
+        self._pods = pods
+        self._settings = settings
+        self._clock = clock
+        self._absent: dict[str, float] = {}
+        self._said = ""
+
+    async def run(self) -> None:
+        """Sweep until cancelled; at once where it is turned off or cannot work."""
+        if not self._settings.revoke:
+            return
+        if not self._settings.node_name:
+            self._cannot("no node name is known (--node-name or NODE_NAME)")
+            return
+        while True:
+            await asyncio.sleep(self._settings.sweep_interval)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """One sweep. What cannot be learnt revokes nothing."""
+        if not self._sessions.all() or not self._sessions.may_sweep():
+            self._absent.clear()
+            return
+        began = self._clock.now()
+        try:
+            listed = await self._pods.list_pods(self._settings.node_name)
+        except KubernetesDenied as error:
+            self._cannot(str(error))
+            return
+        except KubernetesUnavailable as error:
+            _log.warning("this sweep revokes nothing: %s", error)
+            return
+        own = (self._settings.pod_namespace, self._settings.pod_name)
+        if not listed.complete or (all(own) and own not in listed.names):
+            self._absent.clear()
+            _log.warning(
+                "this sweep revokes nothing: the listing of node %s %s",
+                self._settings.node_name,
+                "was cut short" if not listed.complete else "lacks this daemon's own pod; is --node-name right?",
+            )
+            return
+        self._sessions.sweeping = True
+        self._said = ""
+        before, self._absent = self._absent, {}
+        last_mounts = {session.identity.pod_uid: session for session in self._sessions.all()}
+        for uid, session in last_mounts.items():
+            if uid in listed.uids:
+                continue
+            mounted_at = max(found.mounted_at for found in self._sessions.of_pod(uid))
+            since = before.get(uid)
+            if since is None or mounted_at >= since:
+                self._absent[uid] = began
+            elif await self._confirmed(session.pod.namespace, session.pod.name, uid):
+                self._sessions.end(uid)
+            else:
+                self._absent[uid] = since
+
+    async def _confirmed(self, namespace: str, name: str, uid: str) -> bool:
+        try:
+            return not await self._pods.pod_lives(namespace, name, uid)
+        except KubernetesUnavailable as error:
+            _log.warning("whether pod %s/%s is gone cannot be confirmed: %s", namespace, name, error)
+            return False
+
+    def _cannot(self, why: str) -> None:
+        self._sessions.sweeping = False
+        self._absent.clear()
+        if self._said != why:
+            self._said = why
+            _log.warning("pods that are gone cannot be found, so their tokens are left to expire: %s", why)

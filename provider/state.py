@@ -1,0 +1,233 @@
+"""Sealed state across restarts: one file a session, in a directory that ends with the node.
+
+A file is ``VCSP``, a format byte, a generation (8 bytes, big endian), a nonce (12 bytes) and JSON sealed with
+AES-256-GCM under a key derived (HKDF-SHA256) from the HMAC key. The head and the file's name are its associated data,
+so that a file which was renamed, or whose generation was changed, does not open.
+
+It knows nothing of sessions: it stores JSON objects by key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from provider.errors import ProviderError
+
+_log = logging.getLogger(__name__)
+
+MAGIC: Final = b"VCSP"
+FORMAT: Final = 1
+_HEAD: Final = len(MAGIC) + 1 + 8
+_NONCE: Final = 12
+# A session of a thousand objects' leases is far smaller; a larger file is not ours.
+MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+_NAME: Final = re.compile(r"[0-9a-f]{32}\.session")
+# Two daemons overlap for seconds; a lock is held while one of them logs in or reads a credential.
+_LOCK_POLL_SECONDS: Final = 0.02
+
+
+class StateUnusable(ProviderError):
+    """The state directory cannot be used as it is; the daemon goes on without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a file held."""
+
+    generation: int
+    payload: dict[str, Any] = field(repr=False)
+
+
+class StateDir:
+    """The state directory. Every method but ``lock`` is short; those that touch the disk run in a thread."""
+
+    def __init__(self, directory: str, key: bytes) -> None:
+        """Make or check the directory. Raises StateUnusable."""
+        # Loaded here, so that a daemon without --state-dir does not pay for it.
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        derived = HKDF(SHA256(), length=32, salt=None, info=b"vault-csi-provider session state v1").derive(key)
+        self._cipher = AESGCM(derived)
+        self._path = Path(directory)
+        self._holding: int | None = None
+        try:
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self._path.stat()
+            if found.st_uid != os.geteuid():
+                raise StateUnusable(f"the state directory {directory} belongs to another user", "remove it")
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                self._path.chmod(0o700)
+        except OSError as error:
+            raise StateUnusable(f"cannot use the state directory {directory}: {error.strerror}") from error
+
+    def keys(self) -> list[str]:
+        """The keys of all entries, readable or not."""
+        try:
+            return sorted(path.stem for path in self._path.iterdir() if _NAME.fullmatch(path.name))
+        except OSError:
+            return []
+
+    def generation(self, key: str) -> int | None:
+        """The generation of an entry without opening it; None where there is none. It is not yet proven."""
+        try:
+            with self._file(key).open("rb") as file:
+                head = file.read(_HEAD)
+        except OSError:
+            return None
+        return int.from_bytes(head[len(MAGIC) + 1 :], "big") if len(head) == _HEAD else 0
+
+    async def load(self, key: str) -> Entry | None:
+        """The entry, or None where there is none, or none that opens: that one is set aside with a warning."""
+        return await asyncio.to_thread(self._load, key)
+
+    async def save(self, key: str, entry: Entry) -> None:
+        """Write an entry in place of the old one, whole or not at all. Raises StateUnusable."""
+        await asyncio.to_thread(self._save, key, entry)
+
+    def remove(self, key: str) -> None:
+        """Remove an entry and its lock; the caller holds the lock."""
+        for path in (self._file(key), self._lock_file(key)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    @contextlib.asynccontextmanager
+    async def lock(self, key: str) -> AsyncIterator[None]:
+        """Hold the entry's own lock against other processes. Raises StateUnusable."""
+        path = self._lock_file(key)
+        while True:
+            descriptor = self._open_lock(path)
+            try:
+                while not _try_lock(descriptor):  # noqa: ASYNC110  # another process lets go, and tells nobody
+                    await asyncio.sleep(_LOCK_POLL_SECONDS)
+                # Its holder may have removed the entry, and the lock with it, while we waited.
+                if _same_file(descriptor, path):
+                    yield
+                    return
+            finally:
+                os.close(descriptor)
+
+    def hold(self) -> bool:
+        """Take the directory's own lock, for as long as this process lives; False where another has it."""
+        if self._holding is None:
+            descriptor = self._open_lock(self._path / "directory.lock")
+            if not _try_lock(descriptor):
+                os.close(descriptor)
+                return False
+            self._holding = descriptor
+        return True
+
+    def close(self) -> None:
+        """Let go of the directory's lock."""
+        if self._holding is not None:
+            os.close(self._holding)
+            self._holding = None
+
+    def _file(self, key: str) -> Path:
+        return self._path / f"{key}.session"
+
+    def _lock_file(self, key: str) -> Path:
+        return self._path / f"{key}.lock"
+
+    def _open_lock(self, path: Path) -> int:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateUnusable(f"cannot lock in the state directory {self._path}: {error.strerror}") from error
+
+    def _load(self, key: str) -> Entry | None:
+        path = self._file(key)
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MAX_FILE_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.warning("cannot read the session state %s: %s", path.name, error.strerror)
+            return None
+        fault = ""
+        head, nonce, sealed = raw[:_HEAD], raw[_HEAD : _HEAD + _NONCE], raw[_HEAD + _NONCE :]
+        if not head.startswith(MAGIC) or len(raw) > MAX_FILE_BYTES or len(nonce) < _NONCE:
+            fault = "it is damaged"
+        elif head[len(MAGIC)] != FORMAT:
+            fault = f"its format {head[len(MAGIC)]} is not known here"
+        else:
+            from cryptography.exceptions import InvalidTag
+
+            try:
+                payload = json.loads(self._cipher.decrypt(nonce, sealed, head + path.name.encode()))
+            except InvalidTag:
+                fault = "it is damaged, renamed or sealed with another key"
+            except ValueError:
+                fault = "it is damaged"
+            else:
+                if isinstance(payload, dict):
+                    return Entry(int.from_bytes(head[len(MAGIC) + 1 :], "big"), payload)
+                fault = "it is damaged"
+        self.set_aside(key, fault)
+        return None
+
+    def set_aside(self, key: str, fault: str) -> None:
+        """Rename an entry so that it is not looked at again, and say why."""
+        path = self._file(key)
+        _log.warning("the session state %s is set aside as %s.aside: %s", path.name, path.name, fault)
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(path.name + ".aside"))
+
+    def _save(self, key: str, entry: Entry) -> None:
+        path = self._file(key)
+        head = MAGIC + bytes([FORMAT]) + entry.generation.to_bytes(8, "big")
+        nonce = secrets.token_bytes(_NONCE)
+        plain = json.dumps(entry.payload, separators=(",", ":")).encode()
+        raw = head + nonce + self._cipher.encrypt(nonce, plain, head + path.name.encode())
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+        try:
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+            self._sync_directory()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            raise StateUnusable(
+                f"cannot write to the state directory {self._path}: {error.strerror}",
+                "sessions are kept in memory only until it is writable",
+            ) from error
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
