@@ -1,0 +1,601 @@
+"""The vault room: connections, retries and Vault's answers, against a real OpenBao and against one that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from provider.clock import SystemClock
+from provider.errors import (
+    AccessDenied,
+    AnswerLost,
+    LoginDenied,
+    ProviderError,
+    RequestRefused,
+    SecretNotFound,
+    VaultUnavailable,
+)
+from provider.redact import Sensitive
+from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
+from provider.spc import Login, SecretRequest, VaultServer
+from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret, VaultServers, adapter
+from provider.vault.transport import NotSent
+from tests.stand.ecommerce import EcommerceStand
+from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
+from tests.stand.openbao import OpenBao
+from tests.stand.process import free_port
+
+TOKEN = Sensitive("hvs.of-a-test-that-may-read")
+LOGIN = Login("kubernetes", "shop", None)
+
+Call = Callable[[Vault], Awaitable[object]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits between tries a twentieth as long; how many there are stays."""
+    monkeypatch.setattr(adapter, "FIRST_BACKOFF_SECONDS", 0.01)
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    with Faulty() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[EcommerceStand]:
+    with EcommerceStand() as stand:
+        bao = stand.openbao
+        bao.mount_kv("old", version=1)
+        bao.enable_pki()
+        bao.pki_role("web", ["shop.example"])
+        yield stand
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[VaultServers]:
+    opened = VaultServers(clock=SystemClock())
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def vault(servers: VaultServers, faulty: Faulty) -> Vault:
+    """The client of the faulty server."""
+    return servers.get(at(faulty.address))
+
+
+@pytest.fixture
+def real(servers: VaultServers, shop: EcommerceStand) -> Vault:
+    """The client of the real server."""
+    return servers.get(at(shop.openbao.address))
+
+
+@pytest.fixture
+def root(shop: EcommerceStand) -> Sensitive[str]:
+    return Sensitive(shop.openbao.root_token)
+
+
+def at(address: str, namespace: str = "") -> VaultServer:
+    return VaultServer(address, namespace, TlsSettings())
+
+
+def within(seconds: float = 20) -> float:
+    """A deadline."""
+    return asyncio.get_running_loop().time() + seconds
+
+
+def get(path: str, *query: tuple[str, str]) -> SecretRequest:
+    return SecretRequest("GET", path, query)
+
+
+def with_body(method: str, path: str, body: object) -> SecretRequest:
+    return SecretRequest(method, path, (), Sensitive(json.dumps(body)))
+
+
+async def read(vault: Vault, request: SecretRequest | str = "x", token: Sensitive[str] = TOKEN) -> VaultSecret:
+    wanted = get(request) if isinstance(request, str) else request
+    async with asyncio.timeout(20):
+        return await vault.read(wanted, token, within())
+
+
+async def eventually(holds: Callable[[], object]) -> None:
+    """Wait until ``holds()``, and fail where that takes more than 10 s."""
+    for _ in range(1000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it did not come to hold")
+
+
+def child_token(bao: OpenBao, **fields: object) -> Sensitive[str]:
+    """A new service token under root."""
+    return Sensitive(str(bao.api("POST", "auth/token/create", fields)["auth"]["client_token"]))
+
+
+class TestConnections:
+    @pytest.mark.parametrize("method", ["GET", "PUT"])
+    async def test_request_is_not_sent_again_when_a_kept_connection_drops(
+        self, vault: Vault, faulty: Faulty, method: str
+    ) -> None:
+        """A kept-alive connection that drops under a GET or PUT costs one arrival, not two: it may have issued."""
+        faulty.on("x", secret({"a": "1"}), Answer(cut=Cut.BEFORE))
+        await read(vault, SecretRequest(method, "x"))
+        with pytest.raises(AnswerLost, match=r"did not answer to the end"):
+            await read(vault, SecretRequest(method, "x"))
+        first, second = faulty.arrivals
+        assert first.connection == second.connection  # it was a kept one, or this proves nothing
+
+    async def test_answer_cut_short_is_lost(self, vault: Vault, faulty: Faulty) -> None:
+        """Half an answer is no answer, and the read is not sent again."""
+        faulty.on("x", Answer(body={"data": {"a": "1" * 100}}, cut=Cut.WITHIN))
+        with pytest.raises(AnswerLost):
+            await read(vault)
+        assert faulty.count("x") == 1
+
+    async def test_idle_connection_that_was_closed_is_not_used(self, vault: Vault, faulty: Faulty) -> None:
+        """A connection that the server closed while idle costs nothing: the next read opens another."""
+        faulty.on("x", Answer(body={"data": {"a": "1"}}, cut=Cut.AFTER))
+        await read(vault)
+        await asyncio.sleep(0.05)  # the end of the connection arrives
+        await read(vault)
+        assert [seen.connection for seen in faulty.arrivals] == [1, 2]
+
+    async def test_at_most_64_connections(self, vault: Vault, faulty: Faulty) -> None:
+        """200 reads at once go through 64 connections, all of which are used at one time."""
+        faulty.on("x", Answer(body={"data": {}}, together=MAX_CONNECTIONS, stall=0.01))
+        await asyncio.gather(*(read(vault) for _ in range(200)))
+        assert faulty.count("x") == 200
+        assert faulty.most_connections == MAX_CONNECTIONS == 64
+
+    async def test_connections_are_kept(self, vault: Vault, faulty: Faulty) -> None:
+        """Reads one after the other need one connection."""
+        faulty.on("x", secret({}))
+        for _ in range(5):
+            await read(vault)
+        assert {seen.connection for seen in faulty.arrivals} == {1}
+
+    async def test_closed_client_opens_again(self, vault: Vault, faulty: Faulty) -> None:
+        """Closing lets connections go; a later read opens new ones, and reads under way keep theirs."""
+        faulty.on("x", secret({}))
+        faulty.on("slow", Answer(body={"data": {"a": "1"}}, stall=0.1))
+        slow = asyncio.create_task(read(vault, "slow"))
+        await eventually(lambda: faulty.count("slow"))
+        await vault.close()
+        await read(vault)
+        assert (await slow).response["data"] == {"a": "1"}
+        assert [seen.connection for seen in faulty.arrivals] == [1, 2]
+
+    async def test_number_of_servers_is_bounded(self, servers: VaultServers, faulty: Faulty) -> None:
+        """Past 64 servers the least recently used one's connections are closed, and open again when it is used."""
+        faulty.on("x", secret({}))
+        oldest = servers.get(at(faulty.address))
+        await read(oldest)
+        for number in range(MAX_POOLS):
+            servers.get(at(faulty.address, f"team-{number}"))
+        again = servers.get(at(faulty.address))
+        assert again is not oldest
+        await asyncio.sleep(0.05)  # the task that closes them runs
+        await read(again)
+        assert [seen.connection for seen in faulty.arrivals] == [1, 2]
+
+    async def test_equal_servers_share_a_client(self, servers: VaultServers) -> None:
+        """One *where*, one client: address, namespace and TLS settings make it."""
+        assert servers.get(at("http://127.0.0.1:1")) is servers.get(at("http://127.0.0.1:1"))
+        assert servers.get(at("http://127.0.0.1:1")) is not servers.get(at("http://127.0.0.1:1", "team"))
+
+    async def test_unix_address(self, servers: VaultServers, tmp_path: Path) -> None:
+        """``unix://`` is a Vault's socket: a real OpenBao is read through it, and a missing one is unreachable."""
+        with OpenBao(storage="inmem") as bao:
+            vault = servers.get(at(bao.unix_address))
+            answer = await read(vault, "auth/token/lookup-self", Sensitive(bao.root_token))
+            assert answer.response["data"]["path"] == "auth/token/root"
+        missing = servers.get(at(f"unix://{tmp_path}/none.sock"))
+        with pytest.raises(NotSent, match=r"none.sock is unreachable"):
+            await read(missing)
+
+    async def test_unreachable_server(self, servers: VaultServers) -> None:
+        """Nobody listening: the message names the address and what to check."""
+        address = f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(VaultUnavailable, match=rf"{address} is unreachable.*check vaultAddress"):
+            await read(servers.get(at(address)))
+
+    async def test_unknown_host(self, servers: VaultServers) -> None:
+        """A host name that does not resolve is told as such."""
+        with pytest.raises(NotSent, match=r"vault.invalid:8200 is unreachable"):
+            await servers.get(at("http://vault.invalid:8200")).read(get("x"), TOKEN, within(0))
+
+
+class TestRequests:
+    async def test_headers(self, servers: VaultServers, faulty: Faulty) -> None:
+        """Token, namespace and X-Vault-Request are sent; the base path of an address comes before ``/v1/``."""
+        faulty.on("x", secret({}))
+        await read(servers.get(at(faulty.address + "/base/path", "team/blue")))
+        arrival = faulty.arrivals[0]
+        assert arrival.path == "/base/path/v1/x"
+        assert arrival.headers["x-vault-token"] == TOKEN.reveal()
+        assert arrival.headers["x-vault-namespace"] == "team/blue"
+        assert arrival.headers["x-vault-request"] == "true"
+        assert arrival.headers["user-agent"].startswith("vault-csi-provider/")
+        assert "content-type" not in arrival.headers
+        await read(servers.get(at(faulty.address)))
+        assert "x-vault-namespace" not in faulty.arrivals[1].headers
+
+    async def test_token_of_the_environment_is_never_sent(
+        self, vault: Vault, faulty: Faulty, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """hvac's habit of reading VAULT_TOKEN and ~/.vault-token is off: a login carries no token."""
+        monkeypatch.setenv("VAULT_TOKEN", "hvs.of-the-environment")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / ".vault-token").write_text("hvs.of-the-home-directory")
+        faulty.on("auth/kubernetes/login", token("hvs.new"))
+        faulty.on("x", secret({}))
+        await vault.login(LOGIN, Sensitive("jwt"), within())
+        await read(vault)
+        login, reading = faulty.arrivals
+        assert "x-vault-token" not in login.headers
+        assert reading.headers["x-vault-token"] == TOKEN.reveal()
+        assert not any(name in str(seen.headers) for name in ("environment", "home-dir") for seen in faulty.arrivals)
+
+    async def test_cookies_are_not_kept(self, vault: Vault, faulty: Faulty) -> None:
+        """What a load balancer sets for one pod is not sent for the next."""
+        faulty.on("x", Answer(body={"data": {}}, headers={"Set-Cookie": "session=1; Path=/"}))
+        await read(vault)
+        await read(vault)
+        assert "cookie" not in faulty.arrivals[1].headers
+
+    @pytest.mark.parametrize(
+        "path", ["with space", "per%20cent", "ünïcode/键", "a#b", "a?b", "a&b=c+d;e,f", "~'()!*@:"]
+    )
+    async def test_paths_are_percent_encoded(
+        self, real: Vault, shop: EcommerceStand, root: Sensitive[str], path: str
+    ) -> None:
+        """Any text can be a path's element: what was written under it is read under it."""
+        await real.read(with_body("POST", f"old/{path}", {"name": path}), root, within())
+        assert (await read(real, f"old/{path}", root)).response["data"] == {"name": path}
+        names = shop.openbao.api("LIST", "old")["data"]["keys"]
+        assert path.partition("/")[0] in {name.rstrip("/") for name in names}
+
+    async def test_query(self, vault: Vault, faulty: Faulty, real: Vault, root: Sensitive[str]) -> None:
+        """A query's values are encoded, in their order, and mean to OpenBao what they say."""
+        faulty.on("x", secret({}))
+        await read(vault, get("x", ("b", "1&c=2"), ("a", "ü #?%")))
+        assert faulty.arrivals[0].path == "/v1/x?b=1%26c%3D2&a=%C3%BC+%23%3F%25"
+        for number in (1, 2):
+            await real.read(with_body("POST", "secret/data/q", {"data": {"n": number}}), root, within())
+        first = await read(real, get("secret/data/q", ("version", "1")), root)
+        assert first.response["data"]["data"] == {"n": 1}
+
+    @pytest.mark.parametrize("method", ["PUT", "POST"])
+    async def test_body_keeps_its_json_types(self, real: Vault, root: Sensitive[str], method: str) -> None:
+        """Numbers, booleans, null and maps of secretArgs arrive as such."""
+        body = {"number": 1, "float": 1.5, "yes": True, "none": None, "map": {"a": [1, "1"]}, "text": "1"}
+        written = await real.read(with_body(method, "old/types", body), root, within())
+        assert written.response == {}  # 204
+        assert (await read(real, "old/types", root)).response["data"] == body
+
+    async def test_list_method(self, real: Vault, root: Sensitive[str]) -> None:
+        """LIST is a method like another."""
+        await real.read(with_body("POST", "old/listed/one", {"a": "1"}), root, within())
+        assert (await read(real, SecretRequest("LIST", "old/listed"), root)).response["data"] == {"keys": ["one"]}
+
+    async def test_post_that_answers(self, real: Vault, root: Sensitive[str]) -> None:
+        """A POST with a body can be a read: OpenBao's random bytes, as many as asked for."""
+        answer = await read(real, with_body("POST", "sys/tools/random", {"bytes": 3, "format": "hex"}), root)
+        assert len(answer.response["data"]["random_bytes"]) == 6
+
+    async def test_namespaces(self, servers: VaultServers, shop: EcommerceStand, root: Sensitive[str]) -> None:
+        """The namespace decides which secret a path is."""
+        bao = shop.openbao
+        bao.api("POST", "sys/namespaces/blue")
+        bao.mount_kv("kv", namespace="blue")
+        bao.write_kv("kv/data/app", {"color": "blue"}, namespace="blue")
+        answer = await read(servers.get(at(bao.address, "blue")), "kv/data/app", root)
+        assert answer.response["data"]["data"] == {"color": "blue"}
+        with pytest.raises(SecretNotFound):
+            await read(servers.get(at(bao.address)), "kv/data/app", root)
+
+
+class TestRetries:
+    @pytest.mark.parametrize("status", [412, 429, 472, 473, 500, 502, 503, 504])
+    async def test_passing_troubles_are_retried(self, vault: Vault, faulty: Faulty, status: int) -> None:
+        """docs/contract.md section 3: after these the same request is sent again, and its answer counts."""
+        faulty.on("x", refusal(status, "wait"), secret({"a": "1"}))
+        assert (await read(vault)).response["data"] == {"a": "1"}
+        assert faulty.count("x") == 2
+
+    @pytest.mark.parametrize(
+        ("status", "kind"),
+        [(400, RequestRefused), (403, AccessDenied), (404, SecretNotFound), (405, RequestRefused)],
+    )
+    async def test_refusals_are_not_retried(
+        self, vault: Vault, faulty: Faulty, status: int, kind: type[ProviderError]
+    ) -> None:
+        """A refusal is an answer; it quotes Vault's own words."""
+        faulty.on("x", refusal(status, "that is\nnot on"), secret({}))
+        with pytest.raises(kind, match=r'GET x|nothing at x.*"that is not on"'):
+            await read(vault)
+        assert faulty.count("x") == 1
+
+    async def test_tries_are_bounded(self, vault: Vault, faulty: Faulty) -> None:
+        """A server that stays ill is asked five times, long before the deadline."""
+        faulty.on("x", refusal(500, "internal error"))
+        with pytest.raises(VaultUnavailable, match=r'answered 500 ."internal error".*check Vault'):
+            await read(vault)
+        assert faulty.count("x") == adapter.MAX_TRIES == 5
+
+    async def test_deadline_ends_the_tries(self, vault: Vault, faulty: Faulty) -> None:
+        """No wait goes beyond the deadline: at it, the last failure is the answer."""
+        faulty.on("x", refusal(500))
+        with pytest.raises(VaultUnavailable):
+            await vault.read(get("x"), TOKEN, within(0))
+        assert faulty.count("x") == 1
+
+    async def test_retry_after_is_honoured(self, vault: Vault, faulty: Faulty) -> None:
+        """No second request arrives before the server's Retry-After has passed, by the server's own clock."""
+        faulty.on("x", refusal(429, Retry_After="1"), secret({}))
+        await read(vault)
+        first, second = faulty.arrivals
+        assert second.at - first.at >= 1
+
+    async def test_retry_after_beyond_the_deadline_fails_at_once(self, vault: Vault, faulty: Faulty) -> None:
+        """Who would have to wait longer than there is time is told so now."""
+        faulty.on("x", refusal(429, "slow down", Retry_After="3600"))
+        with pytest.raises(VaultUnavailable, match=r'throttles requests .429. ."slow down"'):
+            await read(vault)
+        assert faulty.count("x") == 1
+
+    @pytest.mark.parametrize("odd", ["soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
+    async def test_odd_retry_after_is_no_harm(self, vault: Vault, faulty: Faulty, odd: str) -> None:
+        """A Retry-After that is no number of seconds leaves the ordinary backoff."""
+        faulty.on("x", refusal(503, Retry_After=odd), secret({}))
+        await read(vault)
+        assert faulty.count("x") == 2
+
+    async def test_what_was_not_sent_is_retried(
+        self, vault: Vault, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without a connection nothing was sent, so even a login is tried again, until the server is there."""
+        monkeypatch.setattr(adapter, "FIRST_BACKOFF_SECONDS", 0.5)
+        faulty.on("auth/kubernetes/login", token("hvs.new"))
+        faulty.stop()
+        login = asyncio.create_task(vault.login(LOGIN, Sensitive("jwt"), within()))
+        await asyncio.sleep(0.02)
+        faulty.start()
+        assert (await login).token == Sensitive("hvs.new")
+        assert faulty.count("auth/kubernetes/login") == 1
+
+    @pytest.mark.parametrize(
+        ("path", "call"),
+        [
+            ("x", lambda vault: vault.read(get("x"), TOKEN, within())),
+            ("x", lambda vault: vault.read(with_body("POST", "x", {}), TOKEN, within())),
+            ("auth/kubernetes/login", lambda vault: vault.login(LOGIN, Sensitive("jwt"), within())),
+        ],
+        ids=["read", "write", "login"],
+    )
+    async def test_what_may_have_issued_is_not_sent_again(
+        self, vault: Vault, faulty: Faulty, path: str, call: Call
+    ) -> None:
+        """A lost answer may have held a credential or a token: another request would make a second."""
+        faulty.on(path, Answer(cut=Cut.BEFORE), token("hvs.second"))
+        with pytest.raises(AnswerLost):
+            await call(vault)
+        assert faulty.count(path) == 1
+
+    @pytest.mark.parametrize(
+        ("path", "call"),
+        [
+            ("auth/token/renew-self", lambda vault: vault.renew_token(TOKEN, 60, within())),
+            ("sys/leases/renew", lambda vault: vault.renew_lease(TOKEN, "lease", 60, within())),
+            ("auth/token/lookup-self", lambda vault: vault.token_lives(TOKEN, within())),
+            ("auth/token/revoke-self", lambda vault: vault.revoke_token(TOKEN, within())),
+            ("sys/internal/ui/mounts/x", lambda vault: vault.engine_of("x", TOKEN, within())),
+        ],
+        ids=["renew token", "renew lease", "lookup", "revoke", "engine"],
+    )
+    async def test_what_issues_nothing_is_sent_again(self, vault: Vault, faulty: Faulty, path: str, call: Call) -> None:
+        """A lost answer to what changes nothing more the second time is asked for again."""
+        faulty.on(path, Answer(cut=Cut.BEFORE), secret({}))
+        await call(vault)
+        assert faulty.count(path) == 2
+
+    async def test_sealed(self, servers: VaultServers, root: Sensitive[str]) -> None:
+        """A sealed OpenBao is called that, after the tries, and answers once it is unsealed."""
+        with OpenBao() as bao:
+            vault = servers.get(at(bao.address))
+            bao.seal()
+            with pytest.raises(VaultUnavailable, match=r"is sealed.*unseal it"):
+                await read(vault, "secret/data/x", Sensitive(bao.root_token))
+            bao.unseal()
+            with pytest.raises(SecretNotFound):
+                await read(vault, "secret/data/x", Sensitive(bao.root_token))
+
+
+class TestStrangeAnswers:
+    @pytest.mark.parametrize("status", [301, 302, 307, 308])
+    async def test_redirects_are_not_followed(self, vault: Vault, faulty: Faulty, status: int) -> None:
+        """The token goes to no other host, whatever the answer says; the message names where it would have gone."""
+        with Faulty() as elsewhere:
+            elsewhere.on("x", secret({"a": "1"}))
+            faulty.on("x", Answer(status, b"", {"Location": f"{elsewhere.address}/v1/x"}))
+            with pytest.raises(VaultUnavailable, match=rf"redirects .{status}. to {elsewhere.address}.*vaultAddress"):
+                await read(vault)
+            faulty.on("auth/kubernetes/login", Answer(status, b"", {"Location": f"{elsewhere.address}/v1/x"}))
+            with pytest.raises(VaultUnavailable, match=r"redirects"):
+                await vault.login(LOGIN, Sensitive("jwt"), within())
+            assert elsewhere.arrivals == []
+        assert faulty.count("x") == 1
+
+    @pytest.mark.parametrize("status", [200, 400, 403])
+    async def test_html_is_not_vault(self, vault: Vault, faulty: Faulty, status: int) -> None:
+        """A page of a load balancer or of a portal is told apart from Vault's answer."""
+        faulty.on("x", Answer(status, b"<html>Sign in</html>", {"Content-Type": "text/html"}))
+        with pytest.raises(VaultUnavailable, match=rf"{status}, text/html. is not Vault's API.*vaultAddress"):
+            await read(vault)
+
+    @pytest.mark.parametrize(
+        "body", [b'{"data": {"a": "1', b"[1]", b'"text"', b"null", b"", b"\xff\xfe{}", b"[" * 100_000], ids=range(7)
+    )
+    async def test_what_is_no_json_object_is_not_vault(self, vault: Vault, faulty: Faulty, body: bytes) -> None:
+        """Only a JSON object is an answer."""
+        faulty.on("x", Answer(body=body))
+        with pytest.raises(VaultUnavailable, match=r"is not Vault's API"):
+            await read(vault)
+
+    async def test_204_is_an_empty_answer(self, vault: Vault, faulty: Faulty) -> None:
+        """A write that answers nothing has succeeded."""
+        faulty.on("x", Answer(204, b""))
+        assert (await read(vault, with_body("PUT", "x", {}))).response == {}
+
+    async def test_large_answers(self, vault: Vault, faulty: Faulty) -> None:
+        """5 MiB are read; 10 MiB are refused without being read to their end, and the client goes on working."""
+        faulty.on("x", Answer(body={"data": {"a": "x" * 5 * MIB}}), Answer(body={"data": {"a": "x" * 10 * MIB}}))
+        assert len((await read(vault)).response["data"]["a"]) == 5 * MIB
+        with pytest.raises(VaultUnavailable, match=r"answered more than 8 MiB.*smaller secret"):
+            await read(vault)
+        faulty.on("x", secret({}))
+        await read(vault)
+
+    async def test_compressed_answers(self, vault: Vault, faulty: Faulty) -> None:
+        """Compression is not asked for, but understood; the limit is on what comes out of it."""
+        packed = {"Content-Encoding": "gzip"}
+        small = gzip.compress(b'{"data": {"a": "1"}}')
+        bomb = gzip.compress(b'{"data": {"a": "' + b"x" * 64 * MIB + b'"}}')
+        faulty.on("x", Answer(body=small, headers=packed), Answer(body=bomb, headers=packed))
+        assert (await read(vault)).response["data"] == {"a": "1"}
+        assert faulty.arrivals[0].headers["accept-encoding"] == "identity"
+        with pytest.raises(VaultUnavailable, match=r"more than 8 MiB"):
+            await read(vault)
+
+    @pytest.mark.parametrize("odd", ["a lot", -1, True, None, 1e300, [1]])
+    async def test_odd_durations_count_as_none(self, vault: Vault, faulty: Faulty, odd: object) -> None:
+        """What Vault should not say does not reach the arithmetic."""
+        faulty.on("x", secret({}, lease_id="l", lease_duration=odd, renewable=None))
+        answer = await read(vault)
+        assert (answer.leased, answer.lease_duration, answer.renewable) == (True, 0, False)
+        faulty.on("auth/kubernetes/login", token("hvs.new", lease_duration=odd, num_uses=odd, policies=None))
+        auth = await vault.login(LOGIN, Sensitive("jwt"), within())
+        assert (auth.ttl, auth.num_uses, auth.policies) == (0, 0, ("default", "shop"))
+        faulty.on("auth/token/renew-self", Answer(body={"auth": odd}))
+        assert await vault.renew_token(TOKEN, 60, within()) == 0
+
+    async def test_login_without_token(self, vault: Vault, faulty: Faulty) -> None:
+        """An answer that asks for a second factor holds no token, and is told as that."""
+        faulty.on("auth/kubernetes/login", token("", mfa_requirement={"mfa_request_id": "1"}), Answer(body={}))
+        for _ in range(2):
+            with pytest.raises(LoginDenied, match=r"holds no token.*MFA"):
+                await vault.login(LOGIN, Sensitive("jwt"), within())
+
+
+class TestLives:
+    async def test_renew_token(self, real: Vault, shop: EcommerceStand) -> None:
+        """renew-self gives the seconds asked for, within the token's maximum; a dead token is gone."""
+        own = child_token(shop.openbao, ttl="60s", explicit_max_ttl="120s")
+        assert await real.renew_token(own, 90, within()) == 90
+        assert 100 < await real.renew_token(own, 3600, within()) <= 120  # capped, and answered 200
+        await real.revoke_token(own, within())
+        with pytest.raises(LeaseGone):
+            await real.renew_token(own, 60, within())
+
+    async def test_revoke_token(self, real: Vault, shop: EcommerceStand) -> None:
+        """revoke-self ends the token and the leases under it; revoking it again is no error."""
+        own = child_token(shop.openbao, policies=["ecommerce-policy"])
+        await read(real, "database/creds/ecommerce-readonly", own)
+        assert len(shop.openbao.leases("database/creds")) == 1
+        assert await real.token_lives(own, within())
+        await real.revoke_token(own, within())
+        assert not await real.token_lives(own, within())
+        await eventually(lambda: shop.openbao.leases("database/creds") == [])
+        await real.revoke_token(own, within())
+
+    async def test_batch_tokens(self, real: Vault, shop: EcommerceStand) -> None:
+        """Batch tokens can be neither renewed nor revoked, and live on."""
+        own = child_token(shop.openbao, type="batch", ttl="60s", policies=["default"])
+        with pytest.raises(RenewalRefused, match=r"Vault answered 400"):
+            await real.renew_token(own, 60, within())
+        with pytest.raises(RenewalRefused, match=r"Vault answered 400"):
+            await real.revoke_token(own, within())
+        assert await real.token_lives(own, within())
+
+    async def test_renew_lease(self, real: Vault, shop: EcommerceStand) -> None:
+        """A database lease is renewable, for the seconds asked for; once revoked it is gone."""
+        own = child_token(shop.openbao, policies=["ecommerce-policy", "default"])
+        answer = await read(real, "database/creds/ecommerce-readonly", own)
+        assert (answer.leased, answer.lease_duration, answer.renewable) == (True, 3600, True)
+        assert answer.certificate_end is None
+        assert await real.renew_lease(own, answer.lease_id, 1800, within()) == 1800
+        shop.openbao.api("POST", "sys/leases/revoke", {"lease_id": answer.lease_id, "sync": True})
+        with pytest.raises(LeaseGone, match=r"lease not found"):
+            await real.renew_lease(own, answer.lease_id, 1800, within())
+        await real.revoke_token(own, within())
+
+    async def test_renewal_without_permission(self, real: Vault, shop: EcommerceStand) -> None:
+        """A renewal that a policy denies is refused, which does not say that the lease is gone."""
+        own = child_token(shop.openbao, policies=["ecommerce-policy"], no_default_policy=True)
+        answer = await read(real, "database/creds/ecommerce-readonly", own)
+        with pytest.raises(RenewalRefused, match=r"403"):
+            await real.renew_lease(own, answer.lease_id, 1800, within())
+        shop.openbao.api("POST", "auth/token/revoke", {"token": own.reveal()})
+
+    async def test_certificate(self, real: Vault, root: Sensitive[str]) -> None:
+        """A certificate of a PKI engine has no lease, but an end: an hour from now by its role."""
+        request = with_body("POST", "pki/issue/web", {"common_name": "shop.example"})
+        answer = await read(real, request, root)
+        assert not answer.leased
+        assert answer.certificate_end == answer.response["data"]["expiration"]
+        assert answer.certificate_end is not None
+        assert time.time() + 3000 < answer.certificate_end < time.time() + 3900
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            None,
+            [],
+            {"expiration": 2_000_000_000},
+            {"expiration": 2_000_000_000, "serial_number": "1"},
+            {"certificate": "c", "serial_number": "1"},
+            *({"expiration": odd, "certificate": "c", "serial_number": "1"} for odd in ("2000", True, None, 0, -1)),
+        ],
+    )
+    def test_what_is_no_certificate(self, data: object) -> None:
+        """Only expiration, serial number and certificate together make one, with an end that is a time."""
+        assert VaultSecret({"data": data}).certificate_end is None
+
+    async def test_kv_has_no_lease(self, real: Vault, root: Sensitive[str]) -> None:
+        """KV version 1 answers a duration without a lease: nothing is to be kept for it."""
+        await real.read(with_body("POST", "old/plain", {"a": "1"}), root, within())
+        answer = await read(real, "old/plain", root)
+        assert answer.response["lease_duration"] > 0
+        assert not answer.leased
+
+    async def test_engines(self, real: Vault, shop: EcommerceStand, root: Sensitive[str]) -> None:
+        """Any path below a mount tells its engine, to whoever may know it; else there is no answer, and no error."""
+        assert await real.engine_of("secret/app/ü x", root, within()) == EngineMount("secret/", "kv", "2")
+        assert await real.engine_of("old/app", root, within()) == EngineMount("old/", "kv", "1")
+        assert await real.engine_of("pki/issue/web", root, within()) == EngineMount("pki/", "pki", "")
+        assert await real.engine_of("nowhere/app", root, within()) is None
+        stranger = child_token(shop.openbao, policies=["default"])
+        assert await real.engine_of("secret/app", stranger, within()) is None
+
+    @pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {"path": 1}}])
+    async def test_odd_engine_answers(self, vault: Vault, faulty: Faulty, body: object) -> None:
+        """An answer that names no mount names no engine."""
+        faulty.on("sys/internal/ui/mounts/x", Answer(body=body))
+        assert await vault.engine_of("x", TOKEN, within()) is None
+
+    async def test_deleted_version(self, real: Vault, root: Sensitive[str]) -> None:
+        """A KV version 2 secret whose current version was deleted is told apart from one that never was."""
+        await real.read(with_body("POST", "secret/data/gone", {"data": {"a": "1"}}), root, within())
+        await real.read(SecretRequest("DELETE", "secret/data/gone"), root, within())
+        with pytest.raises(SecretNotFound, match=r"current version of secret/data/gone is deleted.*undelete"):
+            await read(real, "secret/data/gone", root)
+        with pytest.raises(SecretNotFound, match=r"has nothing at secret/data/never"):
+            await read(real, "secret/data/never", root)
