@@ -86,7 +86,8 @@ class Mounter:
             _log.warning("SecretProviderClass %s: %s", spec.class_name, warning, extra={"pod": str(spec.pod)})
         try:
             async with asyncio.timeout(self._timeout):
-                result = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
+                with self._sessions.mounting(spec):
+                    result = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
         except TimeoutError as error:
             raise OutOfTime(
                 f"the mount took longer than {self._timeout:g} s; Vault at {spec.server.address} was still to answer",

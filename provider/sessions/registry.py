@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from provider.clock import Clock
@@ -60,6 +61,19 @@ class Sessions:
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def mounting(self, spec: MountSpec) -> Iterator[None]:
+        """A mount is under way: its session stays, whatever ``cache_size`` says, until the context ends."""
+        identity = identity_of(spec)
+        self._mounting[identity] = self._mounting.get(identity, 0) + 1
+        try:
+            yield
+        finally:
+            self._mounting[identity] -= 1
+            if not self._mounting[identity]:
+                del self._mounting[identity]
+            self._shrink()
+
     async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Answers:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
         await self._await_state(deadline)
@@ -69,13 +83,7 @@ class Sessions:
             vault = self._servers.get(spec.server)
             session = self._sessions[identity] = Session(identity, spec.pod, vault, self._around)
         self._sessions.move_to_end(identity)
-        self._mounting[identity] = self._mounting.get(identity, 0) + 1
-        try:
-            return await session.fetch(spec.target_path, reads, log_in, deadline)
-        finally:
-            self._mounting[identity] -= 1
-            if not self._mounting[identity]:
-                del self._mounting[identity]
+        return await session.fetch(spec.target_path, reads, log_in, deadline)
 
     def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret]) -> None:
         """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone."""
@@ -87,7 +95,6 @@ class Sessions:
                 other.forget(spec.target_path)
             if other.dirty:
                 self._spawn(other.flush())
-        self._shrink()
 
     async def engine_of(self, spec: MountSpec, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, where this pod's token may know it; it is not worth a failure."""

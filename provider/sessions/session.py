@@ -100,6 +100,10 @@ class Session:
         Where the login fails, all of them have the one error object in common.
         """
         now = self.mounted_at = self._clock.now()
+        store = self._around.state()
+        if self._tokens and store is not None and store.generation(self.identity.key) not in (None, self._generation):
+            async with self._exclusive():  # another daemon wrote; know what it did before answering from memory
+                pass
         shown = self._volumes.get(volume) or Volume()
         newest = self._tokens[-1].serial if self._tokens else -1
         mount = _Mount(volume, newest, shown.interval(now), log_in, deadline)
