@@ -49,9 +49,11 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     if tls.client_cert:
         try:
-            context.load_cert_chain(tls.client_cert, tls.client_key or None)
+            # A password, even an empty one, keeps OpenSSL from asking for one on a terminal.
+            context.load_cert_chain(tls.client_cert, tls.client_key or None, password="")
         except (OSError, ValueError) as error:
-            raise _unusable("the client certificate or its key", tls.client_cert, error) from error
+            paths = f"{tls.client_cert} with {tls.client_key}" if tls.client_key else tls.client_cert
+            raise _unusable("the client certificate and its key", paths, error) from error
     return context
 
 

@@ -36,6 +36,9 @@ TLS_CHECK_SECONDS: Final = 1.0
 # Parsing a larger body than this would hold the loop for more than about 5 ms.
 PARSE_IN_THREAD_BYTES: Final = 256 * 1024
 
+_PROXY_ADVICE: Final = "check VAULT_PROXY_ADDR, HTTPS_PROXY and NO_PROXY in the provider's environment"
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 class NotSent(VaultUnavailable):
     """No connection came about, so Vault has not seen the request: it may be sent again."""
@@ -63,7 +66,10 @@ class Transport:
         self._socket_path = parts.path if parts.scheme == "unix" else ""
         self._base = "http://localhost" if self._socket_path else server.address
         self._secure = parts.scheme == "https"
-        self._proxy = "" if self._socket_path else proxy or _proxy_from_environment(parts.scheme, parts.hostname or "")
+        self._proxy = ""
+        if not self._socket_path:
+            port = parts.port or (443 if self._secure else 80)
+            self._proxy = proxy or _proxy_from_environment(parts.scheme, parts.hostname or "", port)
         self._pool: _Pool | None = None
         self._marks: Fingerprint = ()
         self._checked_at = float("-inf")
@@ -85,7 +91,6 @@ class Transport:
             sent["X-Vault-Namespace"] = self.server.namespace
         if body is not None:
             sent["Content-Type"] = "application/json"
-        where = self.server.address
         pool.in_flight += 1
         try:
             async with pool.session.request(
@@ -94,38 +99,19 @@ class Transport:
                 headers=sent,
                 data=body,
                 allow_redirects=False,
-                proxy=self._proxy or None,
                 server_hostname=self.server.tls.server_name or None if self._secure else None,
             ) as response:
-                raw = await _read_within(response, where)
-        except (
-            aiohttp.ClientConnectorCertificateError,
-            aiohttp.ClientConnectorSSLError,
-            ssl.SSLError,
-        ) as error:
-            raise VaultUnavailable(
-                f"TLS with Vault at {where} failed: {_reason(error)}",
-                "check vaultCACertPath, vaultTLSServerName and Vault's certificate",
-            ) from error
-        except (
-            aiohttp.ClientConnectorError,
-            aiohttp.ConnectionTimeoutError,
-            aiohttp.ClientProxyConnectionError,
-        ) as error:
-            raise NotSent(
-                f"Vault at {where} is unreachable: {_reason(error)}",
-                "check vaultAddress, that Vault is up, and network policies from this node",
-            ) from error
+                raw = await _read_within(response, self.server.address)
+                return Answer(response.status, response.headers, await _parse(raw))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise AnswerLost(
-                f"Vault at {where} did not answer to the end: {_reason(error)}",
-                "check Vault's log and what is between it and this node; the next try of kubelet mounts anew",
-            ) from error
+            failure = _failure(error, self.server.address)
         finally:
             pool.in_flight -= 1
             if pool.retired:
                 await _retire(pool)
-        return Answer(response.status, response.headers, await _parse(raw))
+        # Outside the handler, so without a cause: aiohttp's errors show in their repr the headers that were sent, the
+        # token among them, and the proxy's password.
+        raise failure
 
     async def close(self) -> None:
         """Let go of the connections: idle ones now, each other one with its answer. A later send opens new ones."""
@@ -165,6 +151,7 @@ class Transport:
         return self._secure and self._clock.now() >= self._checked_at + TLS_CHECK_SECONDS
 
     def _open_session(self, context: ssl.SSLContext | None) -> aiohttp.ClientSession:
+        proxy = _usable_proxy(self._proxy) if self._proxy else None
         connector: aiohttp.BaseConnector
         if self._socket_path:
             connector = aiohttp.UnixConnector(
@@ -179,6 +166,7 @@ class Transport:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            proxy=proxy,
         )
         # docs/contract.md section 3: aiohttp sends a GET or PUT again by itself when a kept-alive connection drops;
         # where a path issues credentials, that is a second credential. There is no public switch for it; a test
@@ -225,6 +213,32 @@ async def _parse(raw: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _failure(error: BaseException, where: str) -> VaultUnavailable:
+    """What an error of aiohttp's means to whoever sent a request."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return NotSent(
+            f"Vault at {where} is unreachable: the proxy answered {error.status} {one_line(error.message, 200)}",
+            _PROXY_ADVICE,
+        )
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return NotSent(f"Vault at {where} is unreachable: no connection to the proxy: {_reason(error)}", _PROXY_ADVICE)
+    if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError):
+        # Under TLS 1.3 a server refuses the client's certificate only after the handshake.
+        return VaultUnavailable(
+            f"TLS with Vault at {where} failed: {_reason(error)}",
+            "check vaultCACertPath, vaultTLSServerName, vaultTLSClientCertPath and Vault's certificate",
+        )
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return NotSent(
+            f"Vault at {where} is unreachable: {_reason(error)}",
+            "check vaultAddress, that Vault is up, and network policies from this node",
+        )
+    return AnswerLost(
+        f"Vault at {where} did not answer to the end: {_reason(error)}",
+        "check Vault's log and what is between it and this node; the next try of kubelet mounts anew",
+    )
+
+
 def _reason(error: BaseException) -> str:
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
     return one_line(
@@ -233,31 +247,58 @@ def _reason(error: BaseException) -> str:
     )
 
 
-def _proxy_from_environment(scheme: str, host: str) -> str:
-    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, any case, read as Go's clients read them.
+def _usable_proxy(text: str) -> URL:
+    """The proxy's URL, which may hold a user and a password; as for Go's clients, a missing scheme means ``http``.
 
-    Beyond ``urllib``: NO_PROXY may name networks (10.0.0.0/8), and this machine itself is never behind a proxy.
+    Raises VaultUnavailable for what cannot be a proxy.
+    """
+    try:
+        url = URL(text if "://" in text else f"http://{text}")
+        if url.scheme not in ("http", "https") or not url.host or url.port is None:
+            raise ValueError
+    except ValueError:
+        raise VaultUnavailable(
+            "the proxy that VAULT_PROXY_ADDR or the environment names is no http:// or https:// URL", _PROXY_ADVICE
+        ) from None
+    return url
+
+
+def _proxy_from_environment(scheme: str, host: str, port: int) -> str:
+    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, any case, read as Go's clients read them; "" for none.
+
+    Beyond ``urllib``: NO_PROXY may name networks (10.0.0.0/8) and ports, and this machine itself is never behind a
+    proxy. Source: https://pkg.go.dev/golang.org/x/net/http/httpproxy
     """
     proxies = urllib.request.getproxies_environment()
-    proxy = proxies.get(scheme, "")
-    if (
-        not proxy
-        or host == "localhost"
-        or urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-            host, proxies
-        )
-    ):
+    address = _address(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
         return ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return proxy
-    if address.is_loopback:
-        return ""
-    for entry in proxies.get("no", "").split(","):
+    for entry in proxies.get("no", "").lower().split(","):
+        if _covers(entry.strip(), host, port, address):
+            return ""
+    return proxies.get(scheme, "")
+
+
+def _covers(entry: str, host: str, port: int, address: _Address | None) -> bool:
+    """Whether an entry of NO_PROXY stands for this host and port."""
+    if entry == "*":
+        return True
+    name, _, number = entry.rpartition(":")
+    if number.isdigit() and (":" not in name or name.endswith("]")) and name:
+        if int(number) != port:
+            return False
+        entry = name
+    if address is not None:
         try:
-            if address in ipaddress.ip_network(entry.strip(), strict=False):
-                return ""
+            return address in ipaddress.ip_network(entry.strip("[]"), strict=False)
         except ValueError:
-            continue
-    return proxy
+            return False
+    domain = entry.removeprefix("*")
+    return bool(domain) and (host == domain or host.endswith(domain if domain.startswith(".") else f".{domain}"))
+
+
+def _address(host: str) -> _Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
