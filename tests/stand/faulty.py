@@ -209,8 +209,8 @@ class Faulty:
         self._open.add(writer)
         self.most_connections = max(self.most_connections, len(self._open))
         try:
-            # The client may go away at any point; that is its right.
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            # The client may go away at any point, that is its right; and the server may stop.
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while await self._exchange(reader, writer, number):
                     pass
         finally:
