@@ -52,6 +52,7 @@ class Sessions:
         self._shared = SharedReads(clock, enabled=settings.share_reads)
         self._around = Surroundings(clock, self._shared, settings.renew_percent, itertools.count(), lambda: self._state)
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
+        self._by_pod: dict[str, list[Session]] = {}
         self._mounting: dict[Identity, int] = {}
         self._busy: set[Identity] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +82,7 @@ class Sessions:
         session = self._sessions.get(identity)
         if session is None:
             vault = self._servers.get(spec.server)
-            session = self._sessions[identity] = Session(identity, spec.pod, vault, self._around)
+            session = self._add(Session(identity, spec.pod, vault, self._around))
         self._sessions.move_to_end(identity)
         return await session.fetch(spec.target_path, reads, log_in, deadline)
 
@@ -121,7 +122,7 @@ class Sessions:
                 continue
             idle = now - session.mounted_at
             if idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
-                del self._sessions[identity]
+                self._remove(session)
                 self._spawn(session.remove_file())
             elif session.next_renewal() <= now and not self._idles_out(session, idle):
                 self._busy.add(identity)
@@ -129,7 +130,7 @@ class Sessions:
 
     def of_pod(self, uid: str) -> list[Session]:
         """The sessions of one pod."""
-        return [session for identity, session in self._sessions.items() if identity.pod_uid == uid]
+        return list(self._by_pod.get(uid, ()))
 
     def all(self) -> list[Session]:
         """All sessions, the least recently mounted first."""
@@ -138,7 +139,7 @@ class Sessions:
     def end(self, uid: str) -> None:
         """The pod is gone: drop its sessions, and revoke what they held, in the background."""
         for session in self.of_pod(uid):
-            del self._sessions[session.identity]
+            self._remove(session)
             self._spawn(session.revoke())
 
     def may_sweep(self) -> bool:
@@ -180,8 +181,20 @@ class Sessions:
             if len(self._sessions) <= self._settings.cache_size:
                 break
             if identity not in self._mounting:
-                del self._sessions[identity]
+                self._remove(session)
                 self._spawn(session.let_go())
+
+    def _add(self, session: Session) -> Session:
+        self._sessions[session.identity] = session
+        self._by_pod.setdefault(session.identity.pod_uid, []).append(session)
+        return session
+
+    def _remove(self, session: Session) -> None:
+        del self._sessions[session.identity]
+        uid = session.identity.pod_uid
+        self._by_pod[uid].remove(session)
+        if not self._by_pod[uid]:
+            del self._by_pod[uid]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -228,7 +241,7 @@ class Sessions:
                 vault = self._servers.get(snapshot.identity.server)
                 session = Session(snapshot.identity, snapshot.pod, vault, self._around)
                 session.adopt(snapshot, entry.generation)
-                self._sessions[snapshot.identity] = session
+                self._add(session)
                 self._sessions.move_to_end(snapshot.identity, last=False)
                 restored += 1
         self._state = state
