@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from provider.durations import read_duration
 from provider.redact import Sensitive, one_line
 from provider.settings import MAX_OBJECTS
 from provider.spc import paths, yaml_text
@@ -23,6 +25,9 @@ FIELDS: Final = (
     "secretArgs",
     "filePermission",
     "encoding",
+    "lease",
+    "renewPercent",
+    "refreshAfter",
 )
 
 _EXAMPLE: Final = 'add "- objectName: password" and below it its secretPath'
@@ -35,11 +40,17 @@ _ENCODINGS: Final = {
 }
 
 
-def parse_objects(text: str, default_mode: int, findings: Findings) -> tuple[ObjectSpec, ...]:
-    """The objects in the order of the class. What is wrong goes to ``findings``; with a fault the answer is void.
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds for the objects that say nothing of their own: see ObjectSpec's fields of these names."""
 
-    ``default_mode`` is the mode of the files whose object names none.
-    """
+    mode: int
+    renew_percent: float
+    refresh_after: float
+
+
+def parse_objects(text: str, defaults: Defaults, findings: Findings) -> tuple[ObjectSpec, ...]:
+    """The objects in the order of the class. What is wrong goes to ``findings``; with a fault the answer is void."""
     try:
         node, more = yaml_text.read(text)
         items = _items(node)
@@ -48,7 +59,7 @@ def parse_objects(text: str, default_mode: int, findings: Findings) -> tuple[Obj
         return ()
     if more:
         findings.warn("objects", "only the first YAML document is used, what follows it is ignored")
-    read = [(index, _object(index, item, default_mode, findings)) for index, item in enumerate(items)]
+    read = [(index, _object(index, item, defaults, findings)) for index, item in enumerate(items)]
     named = [(index, spec) for index, spec in read if spec and spec.name]
     for upper, lower in paths.clashes([spec.name for _, spec in named]):
         (first, one), (second, other) = named[upper], named[lower]
@@ -73,10 +84,10 @@ def _items(node: Node | None) -> tuple[Node, ...]:
     return node.items
 
 
-def _object(index: int, node: Node, default_mode: int, findings: Findings) -> ObjectSpec | None:
+def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> ObjectSpec | None:
     where = f"objects[{index}]"
     if isinstance(node, Mapping):
-        return _Fields(where, node, findings).object(default_mode)
+        return _Fields(where, node, findings).object(defaults)
     findings.fault(where, "is not a map of fields", _EXAMPLE)
     return None
 
@@ -89,10 +100,10 @@ class _Fields:
         self._findings = findings
         self._where = where
         name = node.entries.get("objectName")
-        if isinstance(name, Scalar) and name.value is not None:
+        if isinstance(name, Scalar) and name.text and name.value is not None:
             self._where = f"{where} ({one_line(name.text, 80)})"
 
-    def object(self, default_mode: int) -> ObjectSpec:
+    def object(self, defaults: Defaults) -> ObjectSpec:
         """The object; its name is empty where it has no legal one."""
         for field, line in self._node.duplicates:
             self._fault(one_line(field, 80), f"is given twice, again in line {line}", "remove one")
@@ -104,8 +115,11 @@ class _Fields:
             name=name or "",
             request=SecretRequest(self._optional("method", _method, "GET"), path, query, self._body()),
             key=self._text("secretKey") or None,
-            mode=self._mode() or default_mode,
+            mode=self._mode() or defaults.mode,
             encoding=self._optional("encoding", _encoding, Encoding.UTF8),
+            fresh=self._optional("lease", _fresh, False),
+            renew_percent=self._optional("renewPercent", _percent, defaults.renew_percent),
+            refresh_after=self._optional("refreshAfter", duration, defaults.refresh_after),
         )
 
     def _fault(self, field: str, problem: str, remedy: str) -> None:
@@ -197,3 +211,23 @@ def _encoding(text: str) -> Encoding:
         return _ENCODINGS[text.lower()]
     except KeyError:
         raise Refused("is not an encoding", "write utf-8, base64 or hex") from None
+
+
+def _fresh(text: str) -> bool:
+    if text not in ("keep", "fresh"):
+        raise Refused("is neither keep nor fresh", "write fresh for what is to be issued on every mount")
+    return text == "fresh"
+
+
+def _percent(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 <= float(text) <= 99:
+        raise Refused("is not a number from 1 to 99", "write a number like 67")
+    return float(text)
+
+
+def duration(text: str) -> float:
+    """Seconds of a duration as Go writes them. Raises Refused."""
+    try:
+        return read_duration(text)
+    except ValueError as error:
+        raise Refused("is not a duration", f"write {error}") from None

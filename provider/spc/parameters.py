@@ -14,6 +14,7 @@ from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import paths
 from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import Login, Pod, VaultServer
+from provider.spc.objects import duration
 
 POD_NAME: Final = "csi.storage.k8s.io/pod.name"
 POD_NAMESPACE: Final = "csi.storage.k8s.io/pod.namespace"
@@ -45,6 +46,7 @@ _SPELLINGS: Final = {
 KNOWN: Final = (
     "audience",
     "objects",
+    "refreshAfter",
     *(spelling for name in _PREFIXED for spelling in _SPELLINGS[name]),
 )
 
@@ -83,7 +85,7 @@ def string_map(text: str) -> dict[str, str]:
             raise Refused(f"has more than {_MAX_ENTRIES} entries", "remove those that are not needed")
         key, at = _string(decoder, text, at, "a name")
         at = _after(text, at, ":")
-        entries[key], at = _string(decoder, text, at, f"the value of {show(key)}")
+        entries[key], at = _string(decoder, text, at, "a value")
         at = _after(text, at, ",}")
         more = text[at - 1] == ","
     if _skip(text, at) != len(text):
@@ -117,7 +119,7 @@ def _string(decoder: json.JSONDecoder, text: str, at: int, what: str) -> tuple[s
             decoded.encode()
             value = str(decoded)
     if value is None:
-        raise _not_json(f"{what} is not a string")
+        raise _not_json(f"{what} at character {at} is not a string")
     return value, end
 
 
@@ -244,6 +246,13 @@ class Parameters:
             role=role,
             audience=self.text("audience") or None,
         )
+
+    def refresh_after(self, settings: Settings) -> float:
+        """How old an answer from memory may be, in seconds, for objects that say nothing of their own."""
+        given = self.text("refreshAfter")
+        if not given:
+            return settings.refresh_after
+        return self._findings.attempt(f"refreshAfter {show(given)}", duration, given, 0.0)
 
     def _folded(self, name: str) -> tuple[str, str]:
         """The value and the spelling that win for a parameter; ("", usual spelling) where none is given."""

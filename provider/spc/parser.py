@@ -12,7 +12,7 @@ from provider.settings import Settings
 from provider.spc import parameters
 from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import MountSpec, ObjectSpec
-from provider.spc.objects import parse_objects
+from provider.spc.objects import Defaults, parse_objects
 
 # Classes whose objects are kept parsed: more than a node has, and each a few KiB.
 _MAX_CACHED: Final = 256
@@ -21,6 +21,7 @@ _MAX_CACHED_SIZE: Final = 8 * 1024 * 1024
 # What an ObjectSpec takes besides its texts.
 _OBJECT_SIZE: Final = 512
 
+_Key: TypeAlias = tuple[bytes, Defaults]
 _Objects: TypeAlias = tuple[tuple[ObjectSpec, ...], Findings]
 
 
@@ -33,7 +34,7 @@ class Parser:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._cache: OrderedDict[tuple[bytes, int], tuple[_Objects, int]] = OrderedDict()
+        self._cache: OrderedDict[_Key, tuple[_Objects, int]] = OrderedDict()
         self._cached_size = 0
         self._lock = threading.Lock()
 
@@ -56,7 +57,8 @@ class Parser:
         read = parameters.Parameters(given, findings)
         pod, server, login = read.pod(), read.server(self._settings), read.login(self._settings)
         tokens = read.tokens(secrets)
-        objects = self._objects(read.text("objects"), mode, findings)
+        defaults = Defaults(mode, self._settings.renew_percent, read.refresh_after(self._settings))
+        objects = self._objects(read.text("objects"), defaults, findings)
         findings.check()
         return MountSpec(
             pod=pod,
@@ -69,8 +71,8 @@ class Parser:
             warnings=findings.warnings,
         )
 
-    def _objects(self, text: str, mode: int, findings: Findings) -> tuple[ObjectSpec, ...]:
-        key = (hashlib.sha256(text.encode()).digest(), mode)
+    def _objects(self, text: str, defaults: Defaults, findings: Findings) -> tuple[ObjectSpec, ...]:
+        key = (hashlib.sha256(text.encode()).digest(), defaults)
         with self._lock:
             cached = self._cache.get(key)
             if cached:
@@ -79,13 +81,13 @@ class Parser:
             objects, own = cached[0]
         else:
             own = Findings()
-            objects = parse_objects(text, mode, own)
+            objects = parse_objects(text, defaults, own)
             if not own.faults:
                 self._keep(key, (objects, own))
         findings.include(own)
         return objects
 
-    def _keep(self, key: tuple[bytes, int], parsed: _Objects) -> None:
+    def _keep(self, key: _Key, parsed: _Objects) -> None:
         objects, findings = parsed
         size = sum(map(_size, objects)) + sum(map(len, findings.warnings))
         with self._lock:

@@ -144,8 +144,8 @@ def read(text: str) -> tuple[Node | None, bool]:
 
 def _where(error: yaml.MarkedYAMLError) -> str:
     line = error.problem_mark.line + 1 if error.problem_mark else 1
-    # What stands in quotes is the author's text, or a character of it.
-    problem = re.sub(r"'[^']*'|\"[^\"]*\"", "…", str(error.problem))
+    # The pure parser quotes the author's words; a quoted character or two says what is missing.
+    problem = re.sub(r"'[^'\s]{3,}'|\"[^\"\s]{3,}\"", "…", str(error.problem))
     return f"line {line}: is not YAML, {problem}"
 
 
