@@ -16,13 +16,15 @@ MASK: Final = "***"
 # and OpenBao ("s.", "b.", "r."), docs/contract.md section 3. Vault's own words in an error may quote one.
 _CREDENTIAL: Final = re.compile(
     r"eyJ[A-Za-z0-9_-]{6,}(?:\.[A-Za-z0-9_-]*){0,4}"
-    r"|\bhv[sbr]\.[A-Za-z0-9_.-]{8,}"
-    r"|(?<![A-Za-z0-9_.-])[sbr]\.[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_-]+)?"
+    r"|hv[sbr]\.[A-Za-z0-9_.-]{8,}"
+    r"|(?<![A-Za-z0-9.-])[sbr]\.[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_-]+)?"
 )
 
 # C0, DEL, C1 and the Unicode line and direction controls: whoever names a file or a role must not be able to
 # start a line of our log, nor to recolour the terminal of whoever reads it.
-_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_CONTROL: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 class Sensitive(Generic[_T]):
