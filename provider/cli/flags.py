@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from provider.durations import read_duration
 from provider.errors import InvalidSetting
 from provider.redact import one_line
 from provider.settings import Settings, TlsSettings
@@ -27,13 +28,12 @@ MAX_MOUNT_SECONDS: Final = 110.0
 MIN_MOUNT_SECONDS: Final = 0.1
 # Far above the pods that a node can hold (110 by default), so a larger number is a slip of the keyboard.
 MAX_CACHE_SIZE: Final = 1_000_000
+# More often, the API server would be asked for the pods of a node by each of them all the time.
+MIN_SWEEP_SECONDS: Final = 1.0
 
 # The booleans that Go's strconv.ParseBool reads (docs/contract.md section 2).
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
-
-_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(ns|us|µs|μs|ms|s|m|h)")
 
 # A Secret's name, as the Kubernetes API checks it.
 _SECRET_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -45,7 +45,7 @@ _ENV_PREFIX, _OTHER_ENV_PREFIX = "VAULT_", "BAO_"
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag. ``default`` is written as one would give it; ``variable`` is its VAULT_ environment variable, or "".
+    """One flag. ``default`` is written as one would give it; ``variable`` is its environment variable, or "".
 
     ``read`` turns the text into a value, or raises ValueError with a sentence of what is allowed.
     """
@@ -93,16 +93,6 @@ def read_bool(text: str) -> bool:
     if text not in _TRUE | _FALSE:
         raise ValueError("1, t, T, true, TRUE, True, 0, f, F, false, FALSE, False")
     return text in _TRUE
-
-
-def read_duration(text: str) -> float:
-    """Seconds of a duration as Go writes them: ``90s``, ``2m``, ``1h30m``, ``300ms``, ``0``."""
-    if text == "0":
-        return 0.0
-    parts = list(_PART.finditer(text))
-    if not parts or "".join(part[0] for part in parts) != text:
-        raise ValueError("a duration like 90s, 2m, 1h30m or 300ms")
-    return sum(float(part[1]) * _UNITS[part[2]] for part in parts)
 
 
 def read_address(text: str) -> str:
@@ -169,6 +159,38 @@ def _read_cache_size(text: str) -> int:
     return int(text)
 
 
+def _read_switch(text: str) -> bool:
+    if text in ("on", "off"):
+        return text == "on"
+    try:
+        return read_bool(text)
+    except ValueError:
+        raise ValueError("on, off") from None
+
+
+def _read_revoke(text: str) -> bool:
+    if text not in ("pod-end", "never"):
+        raise ValueError("pod-end, never")
+    return text == "pod-end"
+
+
+def _read_percent(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 <= float(text) <= 99:
+        raise ValueError("a number from 1 to 99")
+    return float(text)
+
+
+def _read_sweep_interval(text: str) -> float:
+    allowed = "a duration of 1s or more"
+    try:
+        seconds = read_duration(text)
+    except ValueError:
+        raise ValueError(allowed) from None
+    if seconds < MIN_SWEEP_SECONDS:
+        raise ValueError(allowed)
+    return seconds
+
+
 def _read_mount_timeout(text: str) -> float:
     allowed = "a duration from 100ms to 110s, since kubelet gives up after 2m"
     try:
@@ -180,9 +202,10 @@ def _read_mount_timeout(text: str) -> float:
     return seconds
 
 
-_SERVING, _VAULT, _KUBERNETES, _TELLING = (
+_SERVING, _VAULT, _CREDENTIALS, _KUBERNETES, _TELLING = (
     "Serving",
     "Vault or OpenBao",
+    "Sessions and credentials",
     "Kubernetes",
     "Logs, health and version",
 )
@@ -237,6 +260,36 @@ FLAGS: Final[tuple[Flag, ...]] = (
         _VAULT, "vault-tls-skip-verify", "", "false",
         "Do not verify the server's certificate. Whoever is in between reads the secrets.", read_bool,
         "VAULT_SKIP_VERIFY",
+    ),
+    Flag(
+        _CREDENTIALS, "renew-percent", "NUMBER", "67",
+        "Percent of what remains of a life after which a token or lease is renewed, or a certificate issued anew.",
+        _read_percent,
+    ),
+    Flag(
+        _CREDENTIALS, "refresh-after", "DURATION", "0",
+        "How old a secret from memory may be at a re-mount; 0 reads Vault each time. For classes that say nothing.",
+        read_duration,
+    ),
+    Flag(
+        _CREDENTIALS, "share-reads", "SWITCH", "on",
+        "Whether pods that Vault cannot tell apart share a read of a KV secret in flight: on or off.", _read_switch,
+    ),
+    Flag(
+        _CREDENTIALS, "state-dir", "DIRECTORY", "",
+        "Where sessions are kept, sealed, across restarts; empty: in memory only.", read_text,
+    ),
+    Flag(
+        _CREDENTIALS, "revoke", "WHEN", "pod-end",
+        "When a pod's tokens, and so its credentials, are revoked: pod-end or never.", _read_revoke,
+    ),
+    Flag(
+        _CREDENTIALS, "sweep-interval", "DURATION", "60s",
+        "Time between two looks for pods that are gone, 1s or more.", _read_sweep_interval,
+    ),
+    Flag(
+        _KUBERNETES, "node-name", "NAME", "",
+        "The node whose pods are looked for.", read_text, "NODE_NAME",
     ),
     Flag(
         _KUBERNETES, "kubeconfig", "FILE", "",
@@ -311,6 +364,15 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         cache_size=value["cache-size"],
         kubeconfig=value["kubeconfig"],
         mount_timeout=value["mount-timeout"],
+        renew_percent=value["renew-percent"],
+        refresh_after=value["refresh-after"],
+        share_reads=value["share-reads"],
+        state_dir=value["state-dir"],
+        sweep_interval=value["sweep-interval"],
+        node_name=value["node-name"],
+        pod_name=environ.get("POD_NAME", ""),
+        pod_namespace=environ.get("POD_NAMESPACE", ""),
+        revoke=value["revoke"],
     )
     return Command(settings)
 
@@ -404,6 +466,7 @@ def help_text() -> str:
         "--openbao-... is another spelling of each --vault-... flag, and BAO_... of each VAULT_... variable; it wins",
         "where both are given. A SecretProviderClass wins over a flag, a flag over the environment.",
         f"Proxies: {PROXY_VARIABLE} (for Vault alone), HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
+        "POD_NAMESPACE and POD_NAME say which pod the daemon itself is: a listing without it is not believed.",
     ]
     return "\n".join(lines) + "\n"
 

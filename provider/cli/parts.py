@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,13 +13,13 @@ from provider.clock import SystemClock
 from provider.kube import HmacKey, Kubernetes
 from provider.mount import Mounter
 from provider.server import Mounts
-from provider.sessions import Sessions
+from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
 from provider.spc import Parser
 from provider.vault import VaultServers
 
-# A renewal that fails for a reason that nobody thought of is tried again, but not in a busy loop.
-RENEWALS_RETRY_SECONDS: Final = 5.0
+# What fails in the background for a reason that nobody thought of is tried again, but not in a busy loop.
+RESTART_SECONDS: Final = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -45,19 +45,23 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
         stack.push_async_callback(key.close)
         sessions = Sessions(servers, settings, clock=clock, key=key.get)
         stack.push_async_callback(sessions.close)
-        renewals = asyncio.create_task(_renew(sessions), name="renewals")
-        stack.push_async_callback(_end, renewals)
+        sweeper = Sweeper(sessions, kubernetes, settings, clock=clock)
+        for name, work in (("renewals", sessions.run), ("sweeps", sweeper.run)):
+            stack.push_async_callback(_end, asyncio.create_task(_keep_running(name, work), name=name))
         mounts = Mounter(servers, sessions, kubernetes, key, timeout=settings.mount_timeout)
         yield Parts(Parser(settings), mounts)
 
 
-async def _renew(sessions: Sessions) -> None:
+async def _keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run ``work`` until it ends by itself, and again where a bug ends it."""
     while True:
         try:
-            await sessions.run()
+            await work()
         except Exception:
-            _logger.exception("renewals have stopped on a bug, and start again")
-            await asyncio.sleep(RENEWALS_RETRY_SECONDS)
+            _logger.exception("%s have stopped on a bug, and start again", name)
+            await asyncio.sleep(RESTART_SECONDS)
+        else:
+            return
 
 
 async def _end(task: asyncio.Task[None]) -> None:
