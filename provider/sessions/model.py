@@ -30,6 +30,13 @@ class Identity:
     server: VaultServer
     login: Login
     pod_uid: str
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.server, self.login, self.pod_uid)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def key(self) -> str:

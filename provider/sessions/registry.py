@@ -177,10 +177,12 @@ class Sessions:
             self._busy.discard(identity)
 
     def _shrink(self) -> None:
+        surplus = len(self._sessions) - self._settings.cache_size
+        if surplus <= 0:
+            return
         for identity, session in list(self._sessions.items()):
-            if len(self._sessions) <= self._settings.cache_size:
-                break
-            if identity not in self._mounting:
+            if surplus and identity not in self._mounting:
+                surplus -= 1
                 self._remove(session)
                 self._spawn(session.let_go())
 

@@ -67,6 +67,14 @@ class SecretRequest:
     path: str
     query: tuple[tuple[str, str], ...] = ()
     body: Sensitive[str] | None = field(default=None, repr=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Parsed once a class and looked up a dozen times a mount.
+        object.__setattr__(self, "_hash", hash((self.method, self.path, self.query, self.body)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
