@@ -56,6 +56,10 @@ def one_object(secret_args: str) -> str:
     return with_objects("- objectName: a\n  secretPath: b\n  secretArgs: " + secret_args)
 
 
+def one_field(field: str, text: str) -> str:
+    return with_objects(f"- {{objectName: a, secretPath: b, {field}: {text}}}")
+
+
 def attributes_of_many_names() -> str:
     return json.dumps(GIVEN | {f"k{n}": "" for n in range(100_000)})
 
@@ -71,7 +75,7 @@ CLASSES: dict[str, Callable[[], str]] = {
     "deep explicit keys": lambda: with_objects("? " * (ROOM // 2)),
     "many empty objects": lambda: with_objects("- {}\n" * (ROOM // 7)),
     "many unknown fields": lambda: with_objects("- {" + ",".join(f"objectNam{n:07}: x" for n in range(24_000)) + "}"),
-    "long unknown field": lambda: with_objects("- {? '" + "objectName" * (ROOM // 12) + "' : x}"),
+    "long unknown field": lambda: with_objects("- {? '" + "objectName" * 100_000 + "' : x}"),
     "many duplicate fields": lambda: with_objects("- {" + "a: x," * (ROOM // 6) + "}"),
     "many tag directives": lambda: with_objects("".join(f"%TAG !a{n}! x\n" for n in range(100_000)) + "--- []"),
     "many documents": lambda: with_objects("--- []\n" * (ROOM // 8)),
@@ -97,6 +101,10 @@ CLASSES: dict[str, Callable[[], str]] = {
         "\n".join(f"- {{objectName: {n:03}" + "é" * 480 + ", secretPath: b}" for n in range(1000))
     ),
     "long query": lambda: with_objects("- {objectName: a, secretPath: 'b?" + "a&" * 500_000 + "'}"),
+    "long duration": lambda: one_field("refreshAfter", "1" * (1024 * 1024 - 100)),
+    "long duration of many parts": lambda: json.dumps(GIVEN | {"refreshAfter": "1h" * 1_000_000}),
+    "long percentage": lambda: one_field("renewPercent", "1" * (1024 * 1024 - 100)),
+    "long parameter": lambda: json.dumps(GIVEN | {"vaultAddress" * 170_000: "x"}),
     "many names": attributes_of_many_names,
     "many repeated names": lambda: "{" + ",".join(['"a":""'] * 290_000) + "}",
     "long wrong address": lambda: json.dumps(GIVEN | {"vaultAddress": "http://[" + "a" * 2_000_000}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from provider.settings import MAX_OBJECTS
+from provider.settings import MAX_OBJECTS, Settings
 from provider.spc import Encoding, ObjectSpec, SecretRequest
 from tests.spc_classes import attributes, body, fault, faults, field_fault, one, parse, parse_class
 
@@ -302,6 +302,62 @@ def test_a_decimal_mode_that_looks_octal_is_a_warning(text: str, mode: str) -> N
     )
 
 
+# --- lease, renewPercent, refreshAfter ---------------------------------------------------------------------
+
+
+def test_a_lease_is_kept_unless_the_object_says_fresh() -> None:
+    """``keep`` is the default, written or not."""
+    assert one("lease: fresh").fresh is True
+    assert one("lease: keep").fresh is False
+    assert one("").fresh is False
+
+
+@pytest.mark.parametrize("text", ["Fresh", "true", "renew", '"fresh "'])
+def test_any_other_lease_is_refused(text: str) -> None:
+    """The two words are all that there is."""
+    assert "is neither keep nor fresh" in field_fault(f"lease: {text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "percent"), [("1", 1.0), ("50", 50.0), ("'66.5'", 66.5), ("99", 99.0), ("99.0", 99.0)]
+)
+def test_renew_percent_is_the_objects(text: str, percent: float) -> None:
+    """From 1 to 99, quoted or not, whole or not."""
+    assert one(f"renewPercent: {text}").renew_percent == percent
+
+
+@pytest.mark.parametrize("text", ["0", "0.9", "99.1", "100", "-1", "50%", "1e1", "nan", "half", "1.0000001"])
+def test_a_renew_percent_out_of_range_is_refused(text: str) -> None:
+    """Nothing is renewed at its birth or its end."""
+    assert "is not a number from 1 to 99" in field_fault(f"renewPercent: {text}")
+
+
+def test_renew_percent_is_the_operators_where_the_object_has_none() -> None:
+    """The daemon's setting is the default."""
+    (spec,) = parse(attributes(), settings=Settings(renew_percent=40.0)).objects
+    assert spec.renew_percent == 40.0
+
+
+def test_refresh_after_is_the_objects_then_the_classes_then_the_operators() -> None:
+    """Each object's own duration wins over the class's, and that over the daemon's; zero is a duration too."""
+    objects = "- {objectName: a, secretPath: x, refreshAfter: 1h30m}\n- {objectName: b, secretPath: x}\n"
+    objects += "- {objectName: c, secretPath: x, refreshAfter: 0}\n"
+    settings = Settings(refresh_after=7.0)
+    spec = parse(attributes(objects, refreshAfter="90s"), settings=settings)
+    assert [item.refresh_after for item in spec.objects] == [5400.0, 90.0, 0.0]
+    spec = parse(attributes(objects), settings=settings)
+    assert [item.refresh_after for item in spec.objects] == [5400.0, 7.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["soon", "90", "-1s", "1.5", "1h 30m", "1" * 100 + "s"])
+def test_a_wrong_duration_is_refused(text: str) -> None:
+    """In an object and in a parameter alike, saying what one looks like."""
+    assert "is not a duration (write a duration like 90s" in field_fault(f"refreshAfter: {text}")
+    found = fault(refreshAfter=text)
+    assert found.startswith('refreshAfter "')
+    assert "is not a duration (write a duration like 90s" in found
+
+
 # --- secretArgs -------------------------------------------------------------------------------------------
 
 
@@ -352,7 +408,9 @@ def test_a_key_given_twice_in_a_body_is_refused_without_its_name() -> None:
 
 def test_equal_bodies_are_equal_requests() -> None:
     """However the keys are ordered and numbers spelled, so that one read serves both."""
-    assert one("secretArgs: {a: 16, b: x}").request == one('secretArgs: {b: "x", a: 0x10}').request
+    request = one("secretArgs: {a: 16, b: x}").request
+    assert request == one('secretArgs: {b: "x", a: 0x10}').request
+    assert {request: 1}[one('secretArgs: {b: "x", a: 0x10}').request] == 1
     assert one("secretArgs: {a: 16}").request != one('secretArgs: {a: "16"}').request
 
 

@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 # Findings of one kind that are kept; a message holds 4 KiB, and a hostile class could have ten thousands.
 MAX_FINDINGS: Final = 100
-# Longer names are not compared with the known ones: they are no typing errors, and comparing is quadratic.
+# Longer names are no typing errors, and comparing one of a megabyte takes a hundred.
 _MAX_TYPO: Final = 64
 
 

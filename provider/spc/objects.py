@@ -32,6 +32,8 @@ FIELDS: Final = (
 
 _EXAMPLE: Final = 'add "- objectName: password" and below it its secretPath'
 _MODES: Final = "write an octal number from 0000 to 0777, for example 0600"
+# Characters of a duration; reading a megabyte of digits takes seconds.
+_MAX_DURATION: Final = 64
 _ENCODINGS: Final = {
     "utf-8": Encoding.UTF8,
     "utf8": Encoding.UTF8,
@@ -227,6 +229,8 @@ def _percent(text: str) -> float:
 
 def duration(text: str) -> float:
     """Seconds of a duration as Go writes them. Raises Refused."""
+    if len(text) > _MAX_DURATION:
+        raise Refused("is not a duration", "write a duration like 90s, 2m, 1h30m or 300ms")
     try:
         return read_duration(text)
     except ValueError as error:
