@@ -28,7 +28,9 @@ RIGHTS = {
         ("Role", "", "secrets", "vault-csi-provider-hmac-key", "get"),
         ("Role", "", "secrets", "*", "create"),
     },
+    "pod-end": {("ClusterRole", "", "pods", "*", "list")},
 }
+CHOICES = [choice for size in range(len(RIGHTS) + 1) for choice in itertools.combinations(RIGHTS, size)]
 # From an old cluster to the newest that the schemas know.
 KUBERNETES = ["1.28", kubernetes_validate.latest_version()]
 Manifest = dict[str, Any]
@@ -139,7 +141,7 @@ def test_installation_is_valid(installation: list[Manifest], version: str) -> No
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-@pytest.mark.parametrize("pieces", [(), ("token-request",), ("hmac-secret",), ("token-request", "hmac-secret")])
+@pytest.mark.parametrize("pieces", CHOICES)
 def test_each_right_can_be_left_out(tmp_path: Path, pieces: tuple[str, ...], version: str) -> None:
     """Any choice of the RBAC pieces is a valid set with just their rights (docs/contract.md section 4)."""
     chosen = [f"components/{piece}" for piece in pieces]
@@ -153,11 +155,9 @@ def test_each_right_can_be_left_out(tmp_path: Path, pieces: tuple[str, ...], ver
     assert account["automountServiceAccountToken"] is False
 
 
-@pytest.mark.parametrize(
-    ("name", "pieces"), [("all", ["token-request", "hmac-secret"]), ("driver-tokens", ["hmac-secret"])]
-)
-def test_rights_of_the_installations(name: str, pieces: list[str]) -> None:
-    """The whole has both rights and nothing else; where the driver sends tokens, none to make tokens."""
+@pytest.mark.parametrize(("name", "pieces"), [("all", set(RIGHTS)), ("driver-tokens", {"hmac-secret", "pod-end"})])
+def test_rights_of_the_installations(name: str, pieces: set[str]) -> None:
+    """The whole has every right and nothing else; where the driver sends tokens, none to make tokens."""
     manifests = render(INSTALLATIONS[name])
     assert rights(manifests) == set().union(*(RIGHTS[piece] for piece in pieces))
     bindings = of_kind(manifests, "RoleBinding", "ClusterRoleBinding")
@@ -167,8 +167,7 @@ def test_rights_of_the_installations(name: str, pieces: list[str]) -> None:
 
 def test_the_namespace_can_be_another(tmp_path: Path) -> None:
     """With kustomize's `namespace` the whole moves: namespace, account, roles and the bindings' subjects."""
-    pieces = ["components/token-request", "components/hmac-secret"]
-    manifests = overlay(tmp_path, resources=["base"], components=pieces, namespace="elsewhere")
+    manifests = overlay(tmp_path, resources=["."], namespace="elsewhere")
     assert_sound(manifests)
     assert "namespace: vault-csi-provider" not in yaml.safe_dump_all(manifests)
 
@@ -189,15 +188,16 @@ def test_container_is_confined(installation: list[Manifest], path: str, expected
 
 
 def test_pod_sees_nothing_else_of_the_node(installation: list[Manifest]) -> None:
-    """Of the host, the pod shares the socket directory and no namespace, port or other path."""
+    """Of the host, the pod shares the socket's directory, its own for state, and no namespace or port."""
     pod = pod_spec(daemonset(installation))
     assert {key: pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")} == dict.fromkeys(
         ("hostNetwork", "hostPID", "hostIPC")
     )
     assert pod.keys().isdisjoint({"initContainers", "ephemeralContainers"})
     assert at(pod, "securityContext.seccompProfile.type") == "RuntimeDefault"
-    assert [volume["hostPath"] for volume in pod["volumes"]] == [
-        {"path": "/var/run/secrets-store-csi-providers", "type": "DirectoryOrCreate"}
+    assert sorted((volume["hostPath"] for volume in pod["volumes"]), key=lambda shared: shared["path"]) == [
+        {"path": "/run/vault-csi-provider", "type": "DirectoryOrCreate"},
+        {"path": "/var/run/secrets-store-csi-providers", "type": "DirectoryOrCreate"},
     ]
     assert all("hostPort" not in port for port in container(installation)["ports"])
 
@@ -263,12 +263,53 @@ def test_the_named_secret_is_the_daemons(installation: list[Manifest]) -> None:
 def test_socket_is_where_the_driver_looks(installation: list[Manifest]) -> None:
     """The endpoint is in the driver's directory, by the classes' provider (docs/contract.md section 1)."""
     endpoint = PurePosixPath(settings(installation).endpoint)
-    (mount,) = container(installation)["volumeMounts"]
-    (volume,) = pod_spec(daemonset(installation))["volumes"]
-    assert mount["name"] == volume["name"]
-    assert PurePosixPath(mount["mountPath"]) == endpoint.parent
-    assert not mount.get("readOnly")
+    path, writable = host_path_at(installation, str(endpoint.parent))
+    assert path == "/var/run/secrets-store-csi-providers"
+    assert writable
     assert {c["spec"]["provider"] + ".sock" for _, c in CLASSES} == {endpoint.name}
+
+
+def host_path_at(manifests: Iterable[Manifest], path: str) -> tuple[str, bool]:
+    """What of the host is mounted at a path of the container, and whether it may write there."""
+    manifests = list(manifests)
+    (mount,) = [mount for mount in container(manifests)["volumeMounts"] if mount["mountPath"] == path]
+    (volume,) = [volume for volume in pod_spec(daemonset(manifests))["volumes"] if volume["name"] == mount["name"]]
+    return volume["hostPath"]["path"], not mount.get("readOnly")
+
+
+def test_sessions_outlive_the_pod_and_end_with_the_node(installation: list[Manifest]) -> None:
+    """The state directory is the node's, writable, the same for old and new pod, and in memory."""
+    path, writable = host_path_at(installation, settings(installation).state_dir)
+    assert PurePosixPath(path).is_relative_to("/run")
+    assert writable
+
+
+def test_state_can_be_left_out(tmp_path: Path) -> None:
+    """Without its component the daemon keeps nothing on the node; with it, the other arguments stay."""
+    without = overlay(tmp_path, resources=["base"])
+    assert settings(without).state_dir == ""
+    assert [volume["name"] for volume in pod_spec(daemonset(without))["volumes"]] == ["providers"]
+    with_state = overlay(tmp_path, resources=["base"], components=["components/session-state"])
+    assert container(with_state)["args"] == [*container(without)["args"], "-state-dir=/state"]
+    assert rights(with_state) == set()
+
+
+def test_pods_that_are_gone_are_looked_for(installation: list[Manifest]) -> None:
+    """The installations have what revocation needs: it is on, and the right to list pods is there."""
+    assert settings(installation).revoke
+    assert RIGHTS["pod-end"] <= rights(installation)
+
+
+def test_every_right_says_why() -> None:
+    """Whoever reads a rule of RBAC finds a comment right above it."""
+    rules = [
+        (path, before)
+        for path in DAEMONSET.glob("components/*/rbac.yaml")
+        for before, line in itertools.pairwise(path.read_text().splitlines())
+        if line.startswith("  - apiGroups:")
+    ]
+    assert len(rules) == sum(len(role["rules"]) for role in of_kind(render(DAEMONSET), "Role", "ClusterRole"))
+    assert [str(path) for path, before in rules if not before.startswith("  # ")] == []
 
 
 def test_probes_ask_the_health_server(installation: list[Manifest]) -> None:
@@ -318,6 +359,7 @@ def test_private_ca_is_mounted_where_classes_name_it(tmp_path: Path) -> None:
     # What the base had is still there.
     assert {volume["name"] for volume in pod_spec(daemonset(manifests))["volumes"]} == {
         "providers",
+        "state",
         "vault-ca",
     }
 
