@@ -1,0 +1,227 @@
+"""The Kubernetes API as the provider uses it: connected on first need, its failures with a remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from provider.errors import KubernetesUnavailable
+from provider.kube.failures import ApiFailure, NotConfigured
+from provider.redact import Sensitive, one_line
+from provider.spc.model import Pod
+
+if TYPE_CHECKING:
+    from provider.kube.api import Api
+
+# docs/contract.md section 4: where kubelet mounts the provider's own token, CA and namespace.
+IN_CLUSTER: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+# One call with all its tries. A mount has 60 s by default and wants its secrets after this.
+CALL_SECONDS: Final = 10.0
+# How long a pod's token lives: the least that the API server grants, and ample for one login.
+TOKEN_SECONDS: Final = 600
+# docs/contract.md section 4: the Secret's data key and the size of a key that we make.
+HMAC_DATA_KEY: Final = "key"
+HMAC_KEY_BYTES: Final = 32
+# A shorter key could be guessed from versions and contents that are known.
+MIN_HMAC_KEY_BYTES: Final = 16
+
+# Names become part of a URL's path, where "../" would lead elsewhere; the API server knows no others.
+_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+
+_FileStamp = tuple[int, int, int] | None
+
+
+@dataclass(slots=True)
+class _Connection:
+    api: Api
+    stamp: _FileStamp
+    calls: int = 0
+    retired: bool = False
+
+
+class Kubernetes:
+    """The API server that the file ``kubeconfig`` names, or that of the cluster we run in where it is "".
+
+    Nothing is read, imported or connected before the first call. The provider's own token is read again when
+    the API server refuses it, and everything else when the kubeconfig or the cluster's CA file changes on
+    disk. The server's certificate is verified as these say; a proxy is never used.
+
+    Every call takes at most CALL_SECONDS, and less under the caller's own timeout; it raises
+    KubernetesUnavailable and nothing else.
+    """
+
+    def __init__(self, kubeconfig: str, *, service_account_dir: Path = IN_CLUSTER) -> None:
+        self._kubeconfig = kubeconfig
+        self._service_account_dir = service_account_dir
+        self._watched = Path(kubeconfig).expanduser() if kubeconfig else service_account_dir / "ca.crt"
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
+
+    async def create_token(self, pod: Pod, audience: str | None) -> Sensitive[str]:
+        """A JWT of the pod's service account for ``audience`` (None: the API server's own).
+
+        It lives TOKEN_SECONDS and ends with the pod (docs/contract.md section 4).
+        """
+        asked = "the API server's own audience" if audience is None else f'audience "{audience}"'
+        subject = f"token of service account {pod.namespace}/{pod.service_account} for {asked}"
+        _check_names(subject, pod.namespace, pod.service_account)
+        try:
+            async with self._api() as api:
+                token = await api.create_token(
+                    pod.namespace, pod.service_account, pod.name, pod.uid, audience, TOKEN_SECONDS
+                )
+        except NotConfigured as error:
+            advice = "add tokenRequests to the CSIDriver object, run in the cluster, or give --kubeconfig"
+            raise _unavailable(subject, str(error), advice) from error
+        except ApiFailure as failure:
+            raise _unavailable(subject, failure.reason, _token_advice(pod, failure)) from failure
+        return Sensitive(token)
+
+    async def read_or_create_hmac_key(self, secret_name: str) -> bytes:
+        """The key in the Secret ``secret_name`` of our own namespace, created where there is none.
+
+        Of several providers that create it at once, all come to the same key (docs/contract.md section 4).
+        """
+        subject = f"HMAC key in Secret {secret_name}"
+        _check_names(subject, secret_name)
+        try:
+            async with self._api() as api:
+                subject = f"HMAC key in Secret {api.namespace}/{secret_name}"
+                data = await _read_or_create(api, secret_name)
+        except NotConfigured as error:
+            advice = "give --hmac-key-file, run in the cluster, or give --kubeconfig"
+            raise _unavailable(subject, str(error), advice) from error
+        except ApiFailure as failure:
+            raise _unavailable(subject, failure.reason, _hmac_advice(failure)) from failure
+        key = _decoded(data.get(HMAC_DATA_KEY, ""))
+        if key is None or len(key) < MIN_HMAC_KEY_BYTES:
+            raise _unavailable(
+                subject,
+                f'its data "{HMAC_DATA_KEY}" is missing or has less than {MIN_HMAC_KEY_BYTES} bytes',
+                "delete the Secret, so that a new one is made",
+            )
+        return key
+
+    async def close(self) -> None:
+        """Close the connections; calls in flight fail."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.api.close()
+
+    @contextlib.asynccontextmanager
+    async def _api(self) -> AsyncIterator[Api]:
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                connection = await self._connected()
+                connection.calls += 1
+                try:
+                    yield connection.api
+                finally:
+                    connection.calls -= 1
+                    await _close_unused(connection)
+        except TimeoutError:
+            raise ApiFailure(0, "", f"no answer within {CALL_SECONDS:.0f} s") from None
+
+    async def _connected(self) -> _Connection:
+        async with self._connecting:
+            stamp = _stamp(self._watched)
+            current = self._connection
+            if current is not None and current.stamp == stamp:
+                return current
+            # In a thread, as the import and the TLS context take longer than the loop may stand still.
+            api = await asyncio.to_thread(_connect, self._kubeconfig, self._service_account_dir)
+            self._connection = _Connection(api, stamp)
+            if current is not None:
+                current.retired = True
+                await _close_unused(current)
+            return self._connection
+
+
+def _connect(kubeconfig: str, service_account_dir: Path) -> Api:
+    from provider.kube import api  # not at the top: its docstring says what it costs
+
+    return api.connect(kubeconfig, service_account_dir, CALL_SECONDS)
+
+
+async def _close_unused(connection: _Connection) -> None:
+    if connection.retired and not connection.calls:
+        await connection.api.close()
+
+
+def _stamp(path: Path) -> _FileStamp:
+    """What changes when a file is written or replaced, by a rename or by kubelet's swap of a symlink."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+async def _read_or_create(api: Api, name: str) -> Mapping[str, str]:
+    try:
+        return await api.read_secret(name)
+    except ApiFailure as failure:
+        if failure.status != 404:
+            raise
+    fresh = {HMAC_DATA_KEY: base64.b64encode(secrets.token_bytes(HMAC_KEY_BYTES)).decode()}
+    try:
+        await api.create_immutable_secret(name, fresh)
+    except ApiFailure as failure:
+        if failure.status != 409:
+            raise
+        return await api.read_secret(name)
+    return fresh
+
+
+def _decoded(text: str) -> bytes | None:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _check_names(subject: str, *names: str) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise _unavailable(subject, f'"{name}" is not a name of a Kubernetes object', "")
+
+
+def _unavailable(subject: str, reason: str, advice: str) -> KubernetesUnavailable:
+    return KubernetesUnavailable(one_line(f"Kubernetes API: {subject}: {reason}", 1024), advice)
+
+
+def _token_advice(pod: Pod, failure: ApiFailure) -> str:
+    match failure.status, failure.kind:
+        case 401, _:
+            return "the API server does not accept the provider's own credentials; check its service account"
+        case 403, _:
+            return "add tokenRequests to the CSIDriver object, or apply the manifests' token-request component"
+        case (404, "pods") | (409, _):
+            return f"pod {pod} was deleted or replaced meanwhile; nothing is left to do"
+        case 404, "serviceaccounts":
+            return "the pod's service account was deleted; create it again"
+        case 0, _:
+            return (
+                "check that the provider's pods reach the API server, or add tokenRequests to the CSIDriver"
+                " object, so that no call is needed"
+            )
+    return "see the API server's log; with tokenRequests in the CSIDriver object no call is needed"
+
+
+def _hmac_advice(failure: ApiFailure) -> str:
+    match failure.status:
+        case 401:
+            return "the API server does not accept the provider's own credentials; check its service account"
+        case 403:
+            return "apply the manifests' hmac-key component, or give --hmac-key-file"
+        case 0:
+            return "check that the provider's pods reach the API server, or give --hmac-key-file"
+    return "see the API server's log, or give --hmac-key-file"
