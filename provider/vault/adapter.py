@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from hvac.adapters import Adapter
 
 from provider.errors import AnswerLost, VaultUnavailable
-from provider.redact import Sensitive, one_line
+from provider.redact import MASK, Sensitive, one_line
 from provider.vault.transport import Answer, NotSent, Transport
 
 # docs/contract.md section 3: answers after which the same request may be sent again.
@@ -28,6 +28,10 @@ FIRST_BACKOFF_SECONDS: Final = 0.2
 MAX_BACKOFF_SECONDS: Final = 3.0
 # Vault's own words in our messages: enough to know the fault, little enough for many objects in 4 KiB.
 MAX_WORDS: Final = 400
+# What is searched for texts that are to be hidden: so much more than is shown that none straddles the end.
+MAX_SEARCHED: Final = 64 * 1024
+# Shorter texts are hidden by nothing: they would be found within other words, and guessed as quickly.
+MIN_HIDDEN: Final = 6
 
 
 class Refusal(Exception):
@@ -44,14 +48,24 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     """One caller's view of a transport: its token, its deadline, and whether a lost answer may be asked for again.
 
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
+    ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
     """
 
-    def __init__(self, transport: Transport, token: Sensitive[str] | None, deadline: float, *, resend: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        token: Sensitive[str] | None,
+        deadline: float,
+        *,
+        resend: bool,
+        hidden: Collection[Sensitive[str]] = (),
+    ) -> None:
         # Adapter's own constructor would open a requests.Session, for which there is no use here.
         self._transport = transport
         self._token = token
         self._deadline = deadline
         self._resend = resend
+        self._hidden = (*hidden, token) if token else tuple(hidden)
 
     def get_login_token(self, response: Any) -> str:
         """Never asked for: each login here says ``use_token=False``."""
@@ -107,7 +121,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     def _refusal(self, answer: Answer) -> Refusal | VaultUnavailable:
         where = self._transport.server.address
         if answer.status < 400:
-            target = one_line(answer.headers.get("Location", "elsewhere"), 200)
+            target = self._quoted(answer.headers.get("Location", "elsewhere"), 200)
             return VaultUnavailable(
                 f"Vault at {where} redirects ({answer.status}) to {target}, where the token is not sent",
                 "set vaultAddress to the active node or to a load balancer that finds it",
@@ -116,11 +130,11 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
             return self._not_vault(answer)
         body = answer.body or {}
         data = body.get("data")
-        return Refusal(answer.status, _words(body), data if isinstance(data, dict) else None)
+        return Refusal(answer.status, self._words(body), data if isinstance(data, dict) else None)
 
     def _unavailable(self, answer: Answer) -> VaultUnavailable:
         where = self._transport.server.address
-        words = _words(answer.body or {})
+        words = self._words(answer.body or {})
         said = f' ("{words}")' if words else ""
         if answer.status == 503 and "sealed" in words:
             return VaultUnavailable(f"Vault at {where} is sealed{said}", "unseal it; kubelet tries again by itself")
@@ -135,20 +149,27 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         )
 
     def _not_vault(self, answer: Answer) -> VaultUnavailable:
-        kind = one_line(answer.headers.get("Content-Type", "no content type"), 80)
+        kind = self._quoted(answer.headers.get("Content-Type", "no content type"), 80)
         return VaultUnavailable(
             f"what answers at {self._transport.server.address} ({answer.status}, {kind}) is not Vault's API",
             "check vaultAddress and any load balancer in front of it",
         )
 
+    def _words(self, body: Mapping[str, Any]) -> str:
+        """Vault's own words: its errors, else its warnings; one safe line without credentials."""
+        for field in ("errors", "warnings"):
+            said = body.get(field)
+            if isinstance(said, list) and said:
+                return self._quoted("; ".join(" ".join(str(part).split()) for part in said), MAX_WORDS)
+        return ""
 
-def _words(body: Mapping[str, Any]) -> str:
-    """Vault's own words: its errors, else its warnings; one safe line without credentials."""
-    for field in ("errors", "warnings"):
-        said = body.get(field)
-        if isinstance(said, list) and said:
-            return one_line("; ".join(" ".join(str(part).split()) for part in said), MAX_WORDS)
-    return ""
+    def _quoted(self, text: str, limit: int) -> str:
+        """What the server said as a part of one line, without what it must not repeat to others."""
+        text = text[:MAX_SEARCHED]
+        for hidden in sorted((value.reveal() for value in self._hidden), key=len, reverse=True):
+            if len(hidden) >= MIN_HIDDEN:
+                text = text.replace(hidden, MASK)
+        return one_line(text, limit)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -102,7 +103,7 @@ class Vault:
             LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(None, deadline, resend=False)
+        adapter = self._adapter(None, deadline, resend=False, hidden=(jwt,))
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
@@ -129,7 +130,7 @@ class Vault:
             RequestRefused: another refusal (400, 405).
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(token, deadline, resend=False)
+        adapter = self._adapter(token, deadline, resend=False, hidden=_values(request.body))
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
         if request.query:
             url += "?" + urlencode(request.query)
@@ -217,8 +218,15 @@ class Vault:
         """Close the connections."""
         await self._transport.close()
 
-    def _adapter(self, token: Sensitive[str] | None, deadline: float, *, resend: bool) -> VaultAdapter:
-        return VaultAdapter(self._transport, token, deadline, resend=resend)
+    def _adapter(
+        self,
+        token: Sensitive[str] | None,
+        deadline: float,
+        *,
+        resend: bool,
+        hidden: Collection[Sensitive[str]] = (),
+    ) -> VaultAdapter:
+        return VaultAdapter(self._transport, token, deadline, resend=resend, hidden=hidden)
 
 
 class VaultServers:
@@ -266,6 +274,21 @@ def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
     return RequestRefused(
         f"Vault refused {request} with {refusal.status}{said}", "check secretPath, method and secretArgs"
     )
+
+
+def _values(body: Sensitive[str] | None) -> list[Sensitive[str]]:
+    """The texts and numbers of a request's body, any of which may be a secret."""
+    found: list[Sensitive[str]] = []
+    left: list[object] = [json.loads(body.reveal())] if body is not None else []
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif not isinstance(value, bool | None):
+            found.append(Sensitive(str(value)))
+    return found
 
 
 def _seconds(value: object) -> float:

@@ -233,8 +233,14 @@ def _failure(error: BaseException, where: str) -> VaultUnavailable:
             f"Vault at {where} is unreachable: {_reason(error)}",
             "check vaultAddress, that Vault is up, and network policies from this node",
         )
+    if isinstance(error, aiohttp.ClientResponseError):
+        reason = "what it sent is not HTTP"  # aiohttp's text quotes it, and it may quote us
+    elif isinstance(error, aiohttp.ClientPayloadError):
+        reason = "its answer broke off"
+    else:
+        reason = _reason(error)
     return AnswerLost(
-        f"Vault at {where} did not answer to the end: {_reason(error)}",
+        f"Vault at {where} did not answer to the end: {reason}",
         "check Vault's log and what is between it and this node; the next try of kubelet mounts anew",
     )
 
