@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from provider.errors import AccessDenied, LoginDenied, MountFailed, OutOfTime, ProviderError, SecretNotFound
+from provider.errors import AccessDenied, LoginDenied, MountFailed, OutOfTime, ProviderError, SecretNotFound, fit
 from provider.login import TokenSource, log_in
+from provider.redact import one_line
 from provider.render import render
 from provider.sessions import Read, Sessions
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
@@ -25,6 +26,13 @@ MAX_EXPLAINED: Final = 3
 EXPLAIN_SECONDS: Final = 3.0
 # Objects that are named where several failed alike.
 MAX_NAMED: Final = 3
+# The room of one sentence and of its remedy, in characters and as gRPC encodes them: a path may have 4 KiB, and what to
+# do must still be read (docs/contract.md section 1).
+MAX_WHAT: Final = 500
+MAX_WHAT_BYTES: Final = 2200
+MAX_ADVICE: Final = 450
+MAX_ADVICE_BYTES: Final = 1400
+MAX_NAME: Final = 60
 KV2_PREFIXES: Final = frozenset(
     {"data", "metadata", "config", "delete", "undelete", "destroy", "subkeys", "detailed-metadata"}
 )
@@ -146,8 +154,13 @@ class Mounter:
             advice = error.advice
             if isinstance(error, AccessDenied | SecretNotFound) and number < MAX_EXPLAINED:
                 advice = await self._advice(error, objects[0].request, spec, deadline) or advice
-            about = "" if len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied) else _named(objects)
-            sentences.append(type(error)(about + error.what + _where(error, spec), advice))
+            named = len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied)
+            # What comes of rendering names its object itself.
+            named = named or error.what.startswith(f'object "{objects[0].name}"')
+            what = ("" if named else _named(objects)) + one_line(error.what, MAX_WHAT) + _where(error, spec)
+            sentences.append(
+                type(error)(fit(what, MAX_WHAT_BYTES), fit(one_line(advice, MAX_ADVICE), MAX_ADVICE_BYTES))
+            )
         return MountFailed(sentences)
 
     async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, deadline: float) -> str:
@@ -184,7 +197,7 @@ def plan(objects: Sequence[ObjectSpec]) -> list[Read]:
 
 
 def _named(objects: Sequence[ObjectSpec]) -> str:
-    names = ", ".join(f'"{wanted.name}"' for wanted in objects[:MAX_NAMED])
+    names = ", ".join(f'"{one_line(wanted.name, MAX_NAME)}"' for wanted in objects[:MAX_NAMED])
     more = f" and {len(objects) - MAX_NAMED} more" if len(objects) > MAX_NAMED else ""
     return f"object{'s' if len(objects) > 1 else ''} {names}{more}: "
 
