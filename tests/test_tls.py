@@ -259,6 +259,7 @@ class TestFilesOnDisk:
         faulty.stop()
         faulty.certificate = fresh.server()
         faulty.start()
+        await asyncio.sleep(0.05)  # the end of the kept connection arrives
         clock.seconds += 2
         with pytest.raises(VaultUnavailable, match=r"TLS"):
             await read(servers, faulty.address, tls)

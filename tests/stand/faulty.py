@@ -233,8 +233,8 @@ class Faulty:
         fields = {"Content-Type": "application/json", "Content-Length": str(len(payload))} | dict(answer.headers)
         reason = http.HTTPStatus(answer.status).phrase if answer.status in set(http.HTTPStatus) else "Told"
         lines = [f"HTTP/1.1 {answer.status} {reason}", *(f"{name}: {text}" for name, text in fields.items()), "", ""]
-        writer.write("\r\n".join(lines).encode())
-        writer.write(payload[: len(payload) // 2] if answer.cut is Cut.WITHIN else payload)
+        sent = payload[: len(payload) // 2] if answer.cut is Cut.WITHIN else payload
+        writer.write("\r\n".join(lines).encode() + sent)  # at once, so that no delayed acknowledgement is waited for
         await writer.drain()
         if answer.cut is Cut.NOWHERE:
             return True
