@@ -277,3 +277,16 @@ def test_one_diagram_tells_a_credentials_life() -> None:
         assert step in diagram, step
     assert diagram.count("[") == diagram.count("]")
     assert diagram.count('"') % 2 == 0
+
+
+def test_architecture_names_every_room() -> None:
+    """The page of two screens has each room of the package in its table, and no other."""
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    assert len(page.splitlines()) <= 120
+    rooms = page.split("## Rooms of `provider/`")[1].split("\n## ")[0]
+    told = {name for first, *_ in rows(rooms) for name in names(first)}
+    package = ROOT / "provider"
+    modules = {path.parent.name for path in package.glob("*/__init__.py")} | {
+        path.stem for path in package.glob("*.py")
+    }
+    assert told == modules - {"__init__"}
