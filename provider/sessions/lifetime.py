@@ -13,6 +13,8 @@ from typing import Final
 ROUNDING_SECONDS: Final = 1.5
 # Renewals are spread over this part of the time until them, earlier, so that leases of one boot do not come at once.
 JITTER: Final = 0.1
+# The part of what is left before which nothing is renewed.
+EARLIEST: Final = 1 / 3
 # After a renewal that nobody answered: the next try comes after a tenth of what is left, within these bounds.
 RETRY_MIN_SECONDS: Final = 1.0
 RETRY_MAX_SECONDS: Final = 30.0
@@ -34,16 +36,21 @@ class Lifetime:
     renew_at: float
 
     @classmethod
-    def start(cls, now: float, ttl: float, *, renewable: bool, percent: float, luck: float) -> Lifetime:
-        """A life that begins ``now``. ``ttl`` 0 is without end. ``luck``, 0 to 1, places it within the jitter."""
+    def start(
+        cls, now: float, ttl: float, *, renewable: bool, percent: float, luck: float, notice: float = 0.0
+    ) -> Lifetime:
+        """A life that begins ``now``. ``ttl`` 0 is without end. ``luck``, 0 to 1, places it within the jitter.
+
+        ``notice`` is how many seconds before its expiry a renewal is wanted, see ``_point``.
+        """
         expires_at = now + ttl if ttl > 0 else math.inf
         life = cls(now, ttl, expires_at, renewable, not renewable and ttl > 0, math.inf)
         if renewable and ttl > 0:
-            life.renew_at = life._point(now, percent, luck)
+            life.renew_at = life._point(now, percent, luck, notice)
         return life
 
-    def renewed(self, now: float, ttl: float, *, percent: float, luck: float) -> None:
-        """A renewal asked for ``granted`` seconds and was given ``ttl``.
+    def renewed(self, now: float, ttl: float, *, percent: float, luck: float, notice: float = 0.0) -> None:
+        """A renewal asked for ``granted`` seconds and was given ``ttl``. ``notice`` is as in ``start``.
 
         A shorter grant is a cap (docs/contract.md section 3). After one, a last renewal is still tried, since not
         every short grant is a maximum TTL; once a renewal brings no later end, there is no other.
@@ -51,7 +58,7 @@ class Lifetime:
         longer = now + ttl > self.expires_at + ROUNDING_SECONDS
         self.expires_at = now + ttl
         capped = ttl < self.granted - ROUNDING_SECONDS
-        self.renew_at = self._point(now, percent, luck) if longer or not capped else math.inf
+        self.renew_at = self._point(now, percent, luck, notice) if longer or not capped else math.inf
         self.ended = capped
 
     def refused(self) -> None:
@@ -83,8 +90,16 @@ class Lifetime:
         """Whether ``percent`` of the life that it was given has passed."""
         return now >= self.started_at + self.granted * percent / 100 if self.granted > 0 else False
 
-    def _point(self, now: float, percent: float, luck: float) -> float:
-        return now + (self.expires_at - now) * percent / 100 * (1 - JITTER * luck)
+    def _point(self, now: float, percent: float, luck: float, notice: float) -> float:
+        """When to renew: after ``percent`` of what is left, or ``notice`` before the end where that is earlier.
+
+        That a life has reached its maximum is learnt from a renewal alone, and what follows from it takes a
+        re-mount or two: where TTLs are that short, a renewal at two thirds would tell too late. Never before a
+        third, since a TTL below the re-mount interval cannot be helped by asking all the time.
+        """
+        left = self.expires_at - now
+        after = min(left * percent / 100, max(left - notice, left * EARLIEST))
+        return now + after * (1 - JITTER * luck)
 
 
 def must_replace(life: Lifetime, carrier: Lifetime | None, now: float, interval: float, percent: float) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from provider.sessions.lifetime import Lifetime
+from provider.sessions.lifetime import ROUNDING_SECONDS, Lifetime
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.vault import Auth, VaultSecret
 
@@ -104,6 +104,11 @@ class Kept:
         return self.token.life if self.secret.leased else None
 
     @property
+    def ends_with_token(self) -> bool:
+        """Whether its token is what ends it: Vault gives under a batch token no longer than that has left."""
+        return self.token.life.final_end <= self.life.expires_at + ROUNDING_SECONDS
+
+    @property
     def final_end(self) -> float:
         """When it can live no longer, in the clock's time; infinite while renewals go on."""
         return min(self.life.final_end, self.carrier.final_end if self.carrier else math.inf)
@@ -126,6 +131,11 @@ class Volume:
         if self.mounted_at is not None:
             gaps.append(now - self.mounted_at)
         return statistics.median_high(gaps[-REMEMBERED_GAPS:]) if gaps else DEFAULT_INTERVAL_SECONDS
+
+    @property
+    def shown_interval(self) -> float:
+        """The time between two of its mounts, in seconds; 0 while it had no re-mount."""
+        return statistics.median_high(self.gaps) if self.gaps else 0.0
 
     def mounted(self, now: float) -> None:
         """A mount succeeded."""

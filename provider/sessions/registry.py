@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -25,8 +26,8 @@ _log = logging.getLogger(__name__)
 # The longest sleep between two looks at what is due. Timers of the event loop do not count the time that the machine
 # was suspended, so after a long night renewals are late by this at most.
 LONGEST_SLEEP_SECONDS: Final = 5.0
-# An idle node wakes no more often than this.
-SHORTEST_SLEEP_SECONDS: Final = 1.0
+# Renewals that are due about together go out together.
+SHORTEST_SLEEP_SECONDS: Final = 0.1
 # The first mounts wait for the HMAC key, under which sessions of an earlier process are sealed, for this part of
 # their time at most; when it did not come, later ones do not wait, and take up the files once it is there.
 KEY_WAIT_PART: Final = 0.4
@@ -56,6 +57,8 @@ class Sessions:
         self._mounting: dict[Identity, int] = {}
         self._busy: set[Identity] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._next_look_at = math.inf
+        self._hurried = asyncio.Event()
         self._seen_remount = False
         self.sweeping = False
         """Whether pods that are gone are found and revoked; where they are not, sessions must idle out."""
@@ -92,6 +95,7 @@ class Sessions:
         for other in self.of_pod(spec.pod.uid):
             if other.identity == identity:
                 self._seen_remount |= other.settle(spec.target_path, answers)
+                self._hurry(other)
             else:
                 other.forget(spec.target_path)
             if other.dirty:
@@ -108,25 +112,40 @@ class Sessions:
         """Take up the sessions of an earlier process, then renew what is due, until cancelled."""
         while True:
             now = self._clock.now()
-            next_at = min((session.next_renewal() for session in self._sessions.values()), default=float("inf"))
+            next_at = min(map(self._due_at, self._sessions.values()), default=math.inf)
             if self._settings.state_dir and self._state is None:
                 self._open_state()
-            await asyncio.sleep(min(LONGEST_SLEEP_SECONDS, max(SHORTEST_SLEEP_SECONDS, next_at - now)))
+            wait = min(LONGEST_SLEEP_SECONDS, max(SHORTEST_SLEEP_SECONDS, next_at - now))
+            self._next_look_at = now + wait
+            self._hurried.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._hurried.wait()
             self.renew_due()
 
     def renew_due(self) -> None:
         """Start the renewal of every session that has something due, and drop those that hold nothing any more."""
         now = self._clock.now()
         for identity, session in list(self._sessions.items()):
-            if identity in self._busy or identity in self._mounting:
-                continue
             idle = now - session.mounted_at
-            if idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
+            unused = identity not in self._busy and identity not in self._mounting
+            if unused and idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
                 self._remove(session)
                 self._spawn(session.remove_file())
-            elif session.next_renewal() <= now and not self._idles_out(session, idle):
+            elif self._due_at(session) <= now:
                 self._busy.add(identity)
                 self._spawn(self._renew(identity, session))
+
+    def _due_at(self, session: Session) -> float:
+        """When to renew what a session holds, in the clock's time; infinite where it is not to be, or is just now."""
+        if session.identity in self._busy or self._idles_out(session, self._clock.now() - session.mounted_at):
+            return math.inf
+        return session.next_renewal()
+
+    def _hurry(self, session: Session) -> None:
+        """The session changed: wake the renewals, if it has something due before they would wake by themselves."""
+        if self._due_at(session) < self._next_look_at:
+            self._hurried.set()
 
     def of_pod(self, uid: str) -> list[Session]:
         """The sessions of one pod."""
@@ -175,6 +194,7 @@ class Sessions:
             await session.renew()
         finally:
             self._busy.discard(identity)
+            self._hurry(session)
 
     def _shrink(self) -> None:
         surplus = len(self._sessions) - self._settings.cache_size

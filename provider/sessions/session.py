@@ -84,6 +84,7 @@ class Session:
         self._static: set[SecretRequest] = set()
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._policy_login_at = float("-inf")
+        self._asked = True  # whether a volume, as far as is known, mounts under this identity
         self._ended = False
         self._gate = asyncio.Lock()
         self._holders = 0
@@ -100,6 +101,7 @@ class Session:
         Where the login fails, all of them have the one error object in common.
         """
         now = self.mounted_at = self._clock.now()
+        self._asked = True
         store = self._around.state()
         if self._tokens and store is not None and store.generation(self.identity.key) not in (None, self._generation):
             async with self._exclusive():  # another daemon wrote; know what it did before answering from memory
@@ -138,6 +140,7 @@ class Session:
         """Another session mounts ``volume`` now: nothing here is kept for it any more."""
         self._volumes.pop(volume, None)
         self._drop(volume, keep=frozenset())
+        self._asked = bool(self._volumes or self._kept)
 
     async def engine_of(self, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, or None where that cannot be learnt by the deadline."""
@@ -212,7 +215,8 @@ class Session:
             return found
         old = self._kept.get(request)
         try:
-            token = await self._token(mount, for_lease=old is not None)
+            # What is not known to be static may be leased: under a token that ends soon it would end as soon.
+            token = await self._token(mount, for_lease=old is not None or request not in self._static, replaced=old)
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
             if old is None or not old.lives(self._clock.now()):
@@ -280,7 +284,14 @@ class Session:
                 self.dirty = True
             return
         now = self._clock.now()
-        life = Lifetime.start(now, ttl, renewable=renewable, percent=self._around.renew_percent, luck=random.random())
+        life = Lifetime.start(
+            now,
+            ttl,
+            renewable=renewable,
+            percent=self._around.renew_percent,
+            luck=random.random(),
+            notice=self._notice(),
+        )
         old = self._kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
         kept = self._kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
@@ -307,14 +318,18 @@ class Session:
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
-    async def _token(self, mount: _Mount, *, for_lease: bool = False) -> HeldToken:
-        """A token that a read can go out under; for a new lease, one that will outlive the next re-mounts."""
+    async def _token(self, mount: _Mount, *, for_lease: bool = False, replaced: Kept | None = None) -> HeldToken:
+        """A token that a read can go out under; for a new lease, one that will outlive the next re-mounts.
+
+        Where a lease is ``replaced`` since it could not outlive its token, the next one would end with it too.
+        """
         now = self._clock.now()
         token = self._tokens[-1] if self._tokens else None
         if token is not None and token.usable(now):
             if not for_lease or token.serial > mount.began:
                 return token
-            if not must_replace(token.life, None, now, mount.interval, 100):
+            bound = replaced is not None and replaced.token is token and replaced.ends_with_token
+            if not bound and not must_replace(token.life, None, now, mount.interval, 100):
                 return token
         return await self._join("login", lambda: self._log_in(mount))
 
@@ -326,6 +341,7 @@ class Session:
             renewable=auth.renewable and not auth.num_uses,
             percent=self._around.renew_percent,
             luck=random.random(),
+            notice=self._notice(),
         )
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
         superseded, self._tokens = self._tokens, [*self._tokens, token]
@@ -394,20 +410,28 @@ class Session:
             life.unanswered(self._clock.now(), luck)
             _log.warning("renewal unanswered, trying again: %s", error, extra=about)
         else:
-            life.renewed(self._clock.now(), ttl, percent=self._around.renew_percent, luck=luck)
+            percent = self._around.renew_percent
+            life.renewed(self._clock.now(), ttl, percent=percent, luck=luck, notice=self._notice())
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
 
     def _renewable(self) -> tuple[list[HeldToken], list[Kept]]:
-        """The tokens and the leases that renewal is about: the current token, and all on which something hangs."""
+        """The tokens and the leases that renewal is about: the current token, and all on which something hangs.
+
+        What no volume asks for is let go, the token of a session that has none left too.
+        """
         now = self._clock.now()
         leases = [kept for kept in self._kept.values() if kept.secret.leased and kept.lives(now)]
         needed = {id(kept.token) for kept in leases}
         tokens = [
             token
             for number, token in enumerate(self._tokens, 1)
-            if token.usable(now) and (number == len(self._tokens) or id(token) in needed)
+            if token.usable(now) and (id(token) in needed or (self._asked and number == len(self._tokens)))
         ]
         return tokens, leases
+
+    def _notice(self) -> float:
+        """How long before an end it must be known that there is no renewal any more: two re-mounts can still come."""
+        return 2 * max((volume.shown_interval for volume in self._volumes.values()), default=0.0)
 
     def _longest_interval(self, kept: Kept) -> float:
         now = self._clock.now()
