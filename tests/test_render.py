@@ -54,11 +54,7 @@ def failure(spec: ObjectSpec, response: dict[str, Any]) -> ProviderError:
 
 
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text("aé<&\n"),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé<&\n"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
     max_leaves=8,
 )
@@ -139,10 +135,7 @@ def test_what_is_not_in_the_encoding_is_refused(encoding: Encoding, value: objec
 
 def test_a_number_is_decoded_by_its_digits() -> None:
     """Vault keeps ``0123`` typed without quotes as a number; its digits are what the encoding applies to."""
-    assert (
-        render(dataclasses.replace(PASSWORD, encoding=Encoding.HEX), answer({"password": 1234}))
-        == b"\x12\x34"
-    )
+    assert render(dataclasses.replace(PASSWORD, encoding=Encoding.HEX), answer({"password": 1234})) == b"\x12\x34"
 
 
 def test_a_lone_surrogate_is_refused() -> None:
@@ -193,16 +186,12 @@ def test_a_field_that_is_left_out_has_its_zero() -> None:
 
 def test_an_unchanged_secret_is_an_unchanged_file() -> None:
     """Two reads of one secret differ only in their request's id, and the files not at all."""
-    assert render(WHOLE, answer({"a": "b"}, request_id="1")) == render(
-        WHOLE, answer({"a": "b"}, request_id="2")
-    )
+    assert render(WHOLE, answer({"a": "b"}, request_id="1")) == render(WHOLE, answer({"a": "b"}, request_id="2"))
 
 
 def test_a_lease_is_kept() -> None:
     """The lease belongs to the credential: applications read it from the file."""
-    written = json.loads(
-        render(WHOLE, answer({"a": "b"}, lease_id="db/1", lease_duration=3600, renewable=True))
-    )
+    written = json.loads(render(WHOLE, answer({"a": "b"}, lease_id="db/1", lease_duration=3600, renewable=True)))
     assert (written["lease_id"], written["lease_duration"], written["renewable"]) == ("db/1", 3600, True)
 
 

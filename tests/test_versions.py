@@ -112,9 +112,7 @@ def test_only_equal_objects_have_equal_versions(
 
 
 @given(texts, texts, contents, st.integers(0, 3))
-def test_bytes_that_change_fields_change_the_version(
-    first: str, second: str, content: bytes, split: int
-) -> None:
+def test_bytes_that_change_fields_change_the_version(first: str, second: str, content: bytes, split: int) -> None:
     """The same letters, cut elsewhere between name and method, are another definition."""
     letters = first + second
     spec = dataclasses.replace(
