@@ -57,11 +57,6 @@ class Endpoint:
                 f"--endpoint {self.path}: there is no directory {parent}",
                 "create it, or mount the driver's providers directory there",
             )
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise InvalidSetting(
-                f"--endpoint {self.path}: no permission to create files in {parent}",
-                f"let user {os.geteuid()} write there",
-            )
         self._check_occupant()
 
     def _check_occupant(self) -> None:
@@ -97,12 +92,18 @@ class Endpoint:
     def publish(self) -> None:
         """Put the bound socket at the endpoint, in place of whatever socket is there.
 
-        Raises InvalidSetting when something else than a socket has come to stand there.
+        Raises InvalidSetting when something else than a socket has come to stand there, or it cannot be replaced.
         """
-        found = os.lstat(self.bind_path)
-        with self._locked():
-            self._check_occupant()
-            os.rename(self.bind_path, self.path)
+        try:
+            found = os.lstat(self.bind_path)
+            with self._locked():
+                self._check_occupant()
+                os.rename(self.bind_path, self.path)
+        except OSError as error:
+            raise InvalidSetting(
+                f"--endpoint {self.path} cannot be taken over: {error.strerror}",
+                "look at who owns it, and at the directory's permissions",
+            ) from error
         self._ours = (found.st_dev, found.st_ino)
 
     def is_ours(self) -> bool:

@@ -34,11 +34,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves the driver's calls at ``path``. ``mount_timeout`` is in seconds."""
+    """Serves the driver's calls at ``path``. ``mount_timeout`` and ``connection_age`` are in seconds."""
 
-    def __init__(self, path: str, parser: Parser, mounts: Mounts, mount_timeout: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        parser: Parser,
+        mounts: Mounts,
+        mount_timeout: float,
+        *,
+        connection_age: float = CONNECTION_AGE,
+    ) -> None:
         self._endpoint = Endpoint(path)
         self._service = Service(parser, mounts, mount_timeout)
+        self._connection_age = connection_age
         self._grace = mount_timeout + GRACE_SECONDS
         self._grpc: grpc.aio.Server | None = None
         self._stopping = False
@@ -49,7 +58,7 @@ class Server:
         self._endpoint.clean()
         server = grpc.aio.server(
             options=[
-                ("grpc.max_connection_age_ms", int(CONNECTION_AGE * 1000)),
+                ("grpc.max_connection_age_ms", int(self._connection_age * 1000)),
                 ("grpc.max_connection_age_grace_ms", int(self._grace * 1000)),
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
             ]
@@ -64,7 +73,11 @@ class Server:
                 "look at the directory's permissions, its file system and the space left",
             ) from error
         await server.start()
-        self._endpoint.publish()
+        try:
+            self._endpoint.publish()
+        except InvalidSetting:
+            await server.stop(None)
+            raise
         self._grpc = server
         _logger.info("mounts are served", extra={"endpoint": self._endpoint.path})
 
@@ -92,7 +105,7 @@ class Server:
         removed = self._endpoint.withdraw()
         _logger.info("stopping", extra={"endpoint": self._endpoint.path, "taken_over": not removed})
         if self._grpc is not None:
-            await asyncio.sleep(CONNECTION_AGE * SERVE_ON_FACTOR)
+            await asyncio.sleep(self._connection_age * SERVE_ON_FACTOR)
             await self._grpc.stop(self._grace)
         self._service.close()
 

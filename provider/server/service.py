@@ -112,7 +112,6 @@ class Service:
         # docs/contract.md section 1: the driver hides the failure of a re-mount, so the log has to tell.
         _logger.log(level, "mount failed: %s", message, extra={**about, "code": failure.code.name})
         await context.abort(grpc.StatusCode[failure.code.value], message)
-        raise AssertionError("unreachable: abort raises")
 
     async def _mount(self, data: bytes, about: dict[str, Any]) -> bytes:
         try:
