@@ -1,0 +1,433 @@
+"""The log and the health endpoint."""
+
+# ruff: noqa: ASYNC110
+# A test looks at files, and for what comes in its own time, between two steps: nobody else waits for its loop.
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from provider.errors import AccessDenied
+from provider.telemetry import LEVELS, Log, health
+from provider.telemetry.health import Health
+
+CANARY = "canary-hunter2"
+TOKEN = "hvs.CAESIJcanarycanarycanary"
+JWT = "eyJhbGciOiJSUzI1NiJ9.eyJjYW5hcnkiOnRydWV9.c2lnbmF0dXJl"
+LOGGER = logging.getLogger("provider.room")
+
+
+class Told:
+    """What a log wrote, once it is closed."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text.splitlines()]
+
+    @property
+    def event(self) -> dict[str, Any]:
+        (event,) = self.events
+        return event
+
+
+@contextlib.contextmanager
+def log(level: str = "info", style: Any = "json") -> Iterator[Told]:
+    """A log that is open inside, and read when it ends."""
+    told = Told()
+    reader, writer = os.pipe()
+    with open(reader, "rb") as source:
+        try:
+            with Log(level, style, descriptor=writer):
+                yield told
+        finally:
+            os.close(writer)
+        told.text = source.read().decode()
+
+
+def test_event_is_one_line_of_json_with_its_details() -> None:
+    """An event has time (RFC 3339, UTC, milliseconds), severity, message, logger and what `extra` gave."""
+    with log() as told:
+        LOGGER.info("mounted %d files", 3, extra={"pod": "shop/web-0", "seconds": 0.25, "again": True, "none": None})
+    event = told.event
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event.pop("time"))
+    assert event == {
+        "severity": "INFO",
+        "message": "mounted 3 files",
+        "logger": "provider.room",
+        "pod": "shop/web-0",
+        "seconds": 0.25,
+        "again": True,
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "severity"),
+    [
+        (LEVELS["trace"], "DEBUG"),
+        (logging.DEBUG, "DEBUG"),
+        (logging.INFO, "INFO"),
+        (logging.WARNING, "WARNING"),
+        (logging.ERROR, "ERROR"),
+        (logging.CRITICAL, "CRITICAL"),
+        (LEVELS["off"], "CRITICAL"),
+    ],
+)
+def test_severity_has_the_names_of_gke_and_datadog(level: int, severity: str) -> None:
+    """Each level is told by a severity that both collectors know."""
+    with log("trace") as told:
+        LOGGER.log(level, "event")
+    assert told.event["severity"] == severity
+
+
+@pytest.mark.parametrize(
+    ("level", "heard"),
+    [("trace", 5), ("debug", 4), ("info", 3), ("warn", 2), ("error", 1), ("off", 0)],
+)
+def test_level_decides_what_is_heard(level: str, heard: int) -> None:
+    """Of events at trace, debug, info, warning and error, those below the level are not told."""
+    with log(level) as told:
+        for name in ("trace", "debug", "info", "warn", "error"):
+            LOGGER.log(LEVELS[name], name)
+    assert len(told.events) == heard
+
+
+def test_libraries_do_not_tell_headers_at_debug() -> None:
+    """At debug and trace, libraries are heard from warnings up: their debug logs show tokens in headers."""
+    with log("trace") as told:
+        library = logging.getLogger("some.http.library")
+        library.debug("send_headers X-Vault-Token")
+        library.info("request")
+        library.warning("retry")
+    assert [event["message"] for event in told.events] == ["retry"]
+
+
+def test_credentials_are_masked_wherever_they_stand() -> None:
+    """A token or JWT in a message, a detail, or the text of an error of ours is not written."""
+    with log() as told:
+        LOGGER.info("token %s", TOKEN, extra={"jwt": JWT, "object": {"nested": TOKEN}})
+        try:
+            raise AccessDenied(f"denied for {TOKEN}")
+        except AccessDenied:
+            LOGGER.exception("failed with %s", JWT)
+    assert len(told.events) == 2
+    assert TOKEN not in told.text
+    assert JWT not in told.text
+    assert told.text.count("***") == 5
+
+
+def test_text_from_elsewhere_starts_no_line() -> None:
+    """Line breaks and terminal controls in a message or a detail are escaped, so an event stays one line."""
+    with log(style="text") as told:
+        LOGGER.info("role a\nrole b", extra={"role": 'x\r\n{"severity":"INFO"}\x1b[31m\u2028y'})
+    assert len(told.text.splitlines()) == 1
+    assert "\x1b" not in told.text
+
+
+def test_exception_is_told_without_what_it_choked_on() -> None:
+    """An exception has type and frames (file, line, function); not its text, which may quote a secret, nor locals."""
+
+    def choke(value: str) -> int:
+        return int(value)
+
+    with log() as told:
+        try:
+            choke(CANARY)
+        except ValueError:
+            LOGGER.exception("unexpected")
+    assert CANARY not in told.text
+    (exception,) = told.event["exception"]
+    assert exception["type"] == "builtins.ValueError"
+    assert "message" not in exception
+    assert re.search(r"test_telemetry\.py:\d+ .*choke$", exception["frames"][-1])
+
+
+def test_exception_that_is_ours_or_the_systems_has_its_text_and_causes() -> None:
+    """An error of ours and an OSError keep their text; the causes follow, the outermost error first."""
+    with log() as told:
+        try:
+            try:
+                os.stat("/nonexistent/file")
+            except OSError as error:
+                raise AccessDenied("the policy denies it", "widen it") from error
+        except AccessDenied:
+            LOGGER.exception("failed")
+    outer, cause = told.event["exception"]
+    assert outer["message"] == "the policy denies it: widen it"
+    assert "No such file" in cause["message"]
+
+
+def test_loop_of_causes_ends() -> None:
+    """Two errors that are each other's cause are told once each."""
+    first, second = AccessDenied("first"), AccessDenied("second")
+    first.__cause__, second.__cause__ = second, first
+    with log() as told:
+        LOGGER.error("failed", exc_info=first)
+    assert [error["message"] for error in told.event["exception"]] == ["first", "second"]
+
+
+def test_error_raised_from_none_hides_its_context() -> None:
+    """`raise ... from None` is respected: what was being handled is not told."""
+    with log() as told:
+        try:
+            try:
+                int("x")
+            except ValueError:
+                raise AccessDenied("clear") from None
+        except AccessDenied:
+            LOGGER.exception("failed")
+    assert len(told.event["exception"]) == 1
+
+
+def test_text_for_people_is_one_line_with_the_same_facts() -> None:
+    """`--log-format text` writes time, severity, logger, message, details and the exceptions on one line."""
+    with log(style="text") as told:
+        try:
+            raise AccessDenied("denied")
+        except AccessDenied:
+            LOGGER.warning("failed", extra={"pod": "shop/web-0"}, exc_info=True)
+        LOGGER.error("no frames", exc_info=KeyError(CANARY))
+    first, second = told.text.splitlines()
+    assert re.match(
+        r"\S+Z WARNING  provider\.room: failed pod=shop/web-0 \[provider\.errors\.AccessDenied: denied at ", first
+    )
+    assert second.endswith("[builtins.KeyError]")
+
+
+def test_wrong_format_string_is_still_an_event() -> None:
+    """A logging call whose arguments do not fit its text is told by its text, and raises nothing."""
+    with log() as told:
+        LOGGER.info("%d files of %s", "three")
+    assert told.event["message"] == "%d files of %s"
+
+
+def test_details_cannot_replace_the_events_own_fields() -> None:
+    """A detail called like a field of the event does not take its place; odd numbers stay JSON."""
+    with log() as told:
+        LOGGER.info("real", extra={"severity": "fake", "time": "fake", "logger": "fake", "ratio": float("nan")})
+    assert (told.event["severity"], told.event["logger"], told.event["ratio"]) == ("INFO", "provider.room", "nan")
+
+
+def test_warnings_and_uncaught_exceptions_are_events() -> None:
+    """Warnings, and exceptions nobody caught in the main thread, a thread or a finalizer, are events; no plain text."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            raise ValueError(CANARY)
+
+    def fail() -> None:
+        raise ValueError(CANARY)
+
+    with log() as told:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("old\nnews", stacklevel=1)
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        Finalized()
+        gc.collect()
+        try:
+            fail()
+        except ValueError as error:
+            sys.excepthook(ValueError, error, error.__traceback__)
+    assert [(event["severity"], event["message"].split(":")[0]) for event in told.events[1:]] == [
+        ("ERROR", "uncaught exception in a thread"),
+        ("ERROR", "exception in a finalizer"),
+        ("CRITICAL", "uncaught exception"),
+    ]
+    assert "old\\u000anews" in told.events[0]["message"]
+    assert CANARY not in told.text
+
+
+def test_event_loops_complaints_are_events() -> None:
+    """An exception of a task that nobody awaited is an event, without the task's repr."""
+
+    async def fail(value: str) -> None:
+        raise ValueError(value)
+
+    async def forget() -> None:
+        Log.watch(asyncio.get_running_loop())
+        task = asyncio.create_task(fail(CANARY), name=CANARY)
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        asyncio.get_running_loop().call_exception_handler({"message": "only a message"})
+
+    with log() as told:
+        asyncio.run(forget())
+    assert [event["message"] for event in told.events] == ["Task exception was never retrieved", "only a message"]
+    assert told.events[0]["exception"][0]["type"] == "builtins.ValueError"
+    assert CANARY not in told.text
+
+
+def test_hooks_and_handlers_come_back() -> None:
+    """After the log is closed, logging and the interpreter's hooks are as they were before."""
+
+    def state() -> tuple[object, ...]:
+        root = logging.getLogger()
+        hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
+        return (*root.handlers, root.level, logging.getLogger("provider").level, *hooks)
+
+    before = state()
+    with log():
+        assert state() != before
+    assert state() == before
+
+
+def test_full_pipe_stops_nobody_and_the_loss_is_told() -> None:
+    """When nobody reads stderr, logging returns at once; what was lost is counted when the reader is back."""
+    reader, writer = os.pipe()
+    lines: list[bytes] = []
+
+    def read() -> None:
+        with open(reader, "rb") as source:
+            lines.extend(source)
+
+    try:
+        with Log("info", "json", descriptor=writer, capacity=10):
+            # Far more than a pipe (64 KiB) and the queue hold: a call that waited would wait forever.
+            for number in range(200):
+                LOGGER.info("%d %s", number, "x" * 1000)
+            thread = threading.Thread(target=read)
+            thread.start()
+    finally:
+        os.close(writer)
+    thread.join()
+    events = [json.loads(line) for line in lines]
+    lost = sum(event.get("dropped", 0) for event in events)
+    assert lost > 0
+    assert sum("dropped" not in event for event in events) + lost == 200
+
+
+def test_closed_stderr_stops_nobody() -> None:
+    """When stderr is gone, logging goes on without an error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with Log("info", "json", descriptor=writer):
+        LOGGER.info("into nowhere")
+    os.close(writer)
+
+
+# --- health -----------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def get(port: int, path: str) -> int:
+    """The status of a GET."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+            status: int = answer.status
+            return status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens in its own time; a test that waits in vain is ended by pytest's watchdog."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as dialler:
+        return dialler.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_probes_are_answered_by_what_ready_says() -> None:
+    """/health/live is 200; /health/ready is 503 or 200 as the server says at that moment; other paths are 404."""
+    ready = False
+
+    async def is_ready() -> bool:
+        return ready
+
+    port = free_port()
+    async with Health(("127.0.0.1", port), is_ready):
+        await until(lambda: listens(port))
+        assert await asyncio.to_thread(get, port, "/health/live") == 200
+        assert await asyncio.to_thread(get, port, "/health/ready") == 503
+        ready = True
+        assert await asyncio.to_thread(get, port, "/health/ready") == 200
+        assert await asyncio.to_thread(get, port, "/") == 404
+    assert not listens(port)
+
+
+async def test_probes_that_come_together_ask_once() -> None:
+    """Ten probes at the same time put one question to the server, and all get its answer."""
+    asked = 0
+    release = asyncio.Event()
+
+    async def is_ready() -> bool:
+        nonlocal asked
+        asked += 1
+        await release.wait()
+        return True
+
+    port = free_port()
+    async with Health(("", port), is_ready):
+        await until(lambda: listens(port))
+        requests = [asyncio.create_task(raw_get(port)) for _ in range(10)]
+        await until(lambda: asked == 1)
+        # All ten have to be with the server before the answer is let go.
+        await asyncio.gather(*(raw_get(port, "/health/live") for _ in range(10)))
+        release.set()
+        assert await asyncio.gather(*requests) == [b"HTTP/1.1 200 OK\r\n"] * 10
+        assert asked == 1
+
+
+async def raw_get(port: int, path: str = "/health/ready") -> bytes:
+    """The status line of a GET over a connection of its own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode())
+    line = await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+    return line
+
+
+async def test_taken_port_is_told_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A port that another process holds is an error in the log; it is served as soon as it is free."""
+    monkeypatch.setattr(health, "RETRY_SECONDS", 0.02)
+
+    async def is_ready() -> bool:
+        return True
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port: int = other.getsockname()[1]
+        async with Health(("127.0.0.1", port), is_ready):
+            await until(lambda: bool(caplog.records))
+            assert caplog.records[0].levelno == logging.ERROR
+            assert caplog.records[0].__dict__["address"] == f"127.0.0.1:{port}"
+            other.close()
+            await until(lambda: listens(port))
+            assert await asyncio.to_thread(get, port, "/health/ready") == 200
