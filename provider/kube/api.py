@@ -1,4 +1,4 @@
-"""The only importer of lightkube: three calls of the Kubernetes API, with its errors turned into one of ours.
+"""The only importer of lightkube: four calls of the Kubernetes API, with its errors turned into one of ours.
 
 Importing this module costs 6 MiB and 0.15 s, which an installation that needs no Kubernetes API never pays:
 ``provider.kube.kubernetes`` imports it on first need, in a thread (docs/decisions/kubernetes-client.md).
@@ -15,12 +15,14 @@ from typing import Any, Final, TypeVar
 
 import httpx2
 from lightkube import AsyncClient, ConfigError, KubeConfig
+from lightkube.config import client_adapter
 from lightkube.config.kubeconfig import SingleConfig
 from lightkube.models.authentication_v1 import BoundObjectReference, TokenRequestSpec
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.core_v1 import Secret, ServiceAccountToken
 
 from provider.kube.failures import ApiFailure, NotConfigured
+from provider.kube.pods import MAX_LIST_BYTES, METADATA_LIST, NodePods, parse
 from provider.redact import one_line
 
 _T = TypeVar("_T")
@@ -55,6 +57,9 @@ class Api:
         # No proxy, netrc or CA of the environment: those are set for Vault, and an operator who sets HTTPS_PROXY
         # for it may well forget to write the cluster's service addresses into NO_PROXY.
         self._client = AsyncClient(config, timeout=timeout, trust_env=False)
+        # lightkube's HTTP client with the same authentication and TLS, for what its listings cannot ask for.
+        connection = client_adapter.ConnectionParams(timeout=timeout, trust_env=False)
+        self._http = client_adapter.AsyncClient(config, connection)
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def create_token(
@@ -104,9 +109,38 @@ class Api:
 
         await self._call(send)
 
+    async def list_pods(self, namespace: str, selector: str, *, cached: bool) -> NodePods:
+        """The pods of a namespace ("": of all) that a field selector chooses, by their metadata alone.
+
+        ``cached`` allows what the API server has in memory, which may be seconds old and costs its database nothing.
+        """
+        path = f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
+        query = {"fieldSelector": selector} | ({"resourceVersion": "0"} if cached else {})
+
+        async def send() -> bytearray:
+            async with self._http.stream("GET", path, params=query, headers={"Accept": METADATA_LIST}) as response:
+                if not response.is_success:
+                    await response.aread()
+                    response.raise_for_status()
+                body = bytearray()
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > MAX_LIST_BYTES:
+                        break
+                return body
+
+        body = await self._call(send)
+        if len(body) > MAX_LIST_BYTES:
+            raise ApiFailure(200, "", f"the list is larger than {MAX_LIST_BYTES // 2**20} MiB")
+        try:
+            return parse(body)
+        except ValueError as error:
+            raise ApiFailure(200, "", "its answer is not the Kubernetes API's list of pods") from error
+
     async def close(self) -> None:
         """Close the connections; calls in flight fail."""
         await self._client.close()
+        await self._http.aclose()
 
     async def _call(self, send: Callable[[], Awaitable[_T]]) -> _T:
         attempt = 1

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from provider.errors import KubernetesUnavailable
+from provider.errors import KubernetesDenied, KubernetesUnavailable
 from provider.kube.failures import ApiFailure, NotConfigured
+from provider.kube.pods import NodePods
 from provider.redact import Sensitive, one_line
 from provider.spc.model import Pod
 
@@ -36,6 +37,11 @@ MIN_HMAC_KEY_BYTES: Final = 16
 # Names become part of a URL's path, where "../" would lead elsewhere; the API server knows no others.
 _NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 
+# Pods that have ended for good count as gone: nothing in them uses a credential any more.
+_NOT_FINISHED: Final = "status.phase!=Succeeded,status.phase!=Failed"
+
+_LIST_ADVICE: Final = "apply the manifests' pod-end component, or give --revoke=never"
+
 _FileStamp = tuple[int, int, int] | None
 
 
@@ -55,7 +61,7 @@ class Kubernetes:
     disk. The server's certificate is verified as these say; a proxy is never used.
 
     Every call takes at most CALL_SECONDS, and less under the caller's own timeout; it raises
-    KubernetesUnavailable and nothing else.
+    KubernetesUnavailable, or its kind KubernetesDenied where that is said, and nothing else.
     """
 
     def __init__(self, kubeconfig: str, *, service_account_dir: Path = IN_CLUSTER) -> None:
@@ -109,6 +115,40 @@ class Kubernetes:
                 "delete the Secret, so that a new one is made",
             )
         return key
+
+    async def list_pods(self, node_name: str) -> NodePods:
+        """The pods of a node that have not finished, from the API server's memory, so seconds old at times.
+
+        Raises KubernetesDenied where the API server does not know or does not permit us, as without any
+        configuration (docs/contract.md section 4: listing pods is a right that may be left out).
+        """
+        subject = f"pods of node {node_name}"
+        _check_names(subject, node_name)
+        return await self._list_pods(subject, "", f"spec.nodeName={node_name}", cached=True)
+
+    async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
+        """Whether this very pod exists and has not finished, not from a cache.
+
+        It takes no right but to list pods. Raises KubernetesDenied as ``list_pods`` does.
+        """
+        subject = f"pod {namespace}/{name}"
+        _check_names(subject, namespace, name)
+        found = await self._list_pods(subject, namespace, f"metadata.name={name}", cached=False)
+        # Cut short, it proves nothing.
+        return uid in found.uids or not found.complete
+
+    async def _list_pods(self, subject: str, namespace: str, selector: str, *, cached: bool) -> NodePods:
+        try:
+            async with self._api() as api:
+                return await api.list_pods(namespace, f"{selector},{_NOT_FINISHED}", cached=cached)
+        except NotConfigured as error:
+            # Without the manifests' components the provider's pod has no account: that is a choice, not a fault.
+            raise _unavailable(subject, str(error), _LIST_ADVICE, KubernetesDenied) from error
+        except ApiFailure as failure:
+            if failure.status in (401, 403):
+                raise _unavailable(subject, failure.reason, _LIST_ADVICE, KubernetesDenied) from failure
+            advice = "see the API server's log" if failure.status else "check that the provider's pods reach it"
+            raise _unavailable(subject, failure.reason, advice) from failure
 
     async def close(self) -> None:
         """Close the connections; calls in flight fail."""
@@ -194,8 +234,10 @@ def _check_names(subject: str, *names: str) -> None:
             raise _unavailable(subject, f'"{name}" is not a name of a Kubernetes object', "")
 
 
-def _unavailable(subject: str, reason: str, advice: str) -> KubernetesUnavailable:
-    return KubernetesUnavailable(one_line(f"Kubernetes API: {subject}: {reason}", 1024), advice)
+def _unavailable(
+    subject: str, reason: str, advice: str, kind: type[KubernetesUnavailable] = KubernetesUnavailable
+) -> KubernetesUnavailable:
+    return kind(one_line(f"Kubernetes API: {subject}: {reason}", 1024), advice)
 
 
 def _token_advice(pod: Pod, failure: ApiFailure) -> str:
