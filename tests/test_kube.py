@@ -540,7 +540,7 @@ async def test_without_permission_for_the_secret_the_remedy_is_named(
     api.deny(verb, "secrets")
     error = await failure(kubernetes.read_or_create_hmac_key(api.hmac_secret))
     assert "403 Forbidden" in error.what
-    assert "hmac-key component" in error.advice
+    assert "hmac-secret component" in error.advice
     assert "--hmac-key-file" in error.advice
 
 
@@ -588,7 +588,7 @@ async def test_the_key_is_asked_for_once_a_minute_then_kept(
     assert api.count("GET", SECRET_PATH) == 2
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
-    assert "hmac-key component" in warnings[0]
+    assert "hmac-secret component" in warnings[0]
 
     api.allow("get", "secrets", namespace="csi")
     assert await key.get() is None

@@ -263,7 +263,7 @@ def _hmac_advice(failure: ApiFailure) -> str:
         case 401:
             return "the API server does not accept the provider's own credentials; check its service account"
         case 403:
-            return "apply the manifests' hmac-key component, or give --hmac-key-file"
+            return "apply the manifests' hmac-secret component, or give --hmac-key-file"
         case 0:
             return "check that the provider's pods reach the API server, or give --hmac-key-file"
     return "see the API server's log, or give --hmac-key-file"
