@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,20 +236,22 @@ class TestRefusals:
             with pytest.raises(LoginDenied, match=r'role "vault".*denied: .*holds no token.*MFA'):
                 await log_in(servers, spec, kubernetes)
 
-    async def test_jwt_that_vault_quotes(
-        self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, pod: KubePod
+    @pytest.mark.parametrize("opaque", ["", "opaque-token-of-another-issuer"])
+    async def test_token_that_vault_quotes(
+        self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, pod: KubePod, opaque: str
     ) -> None:
-        """Vault's own words may quote the token; ours do not."""
+        """Vault's own words may quote the token that was sent, of whatever form; ours do not."""
 
         def quote(arrival: Arrival) -> Answer:
-            return refusal(400, f"cannot parse {arrival.body.decode()}")
+            return refusal(400, f"cannot parse {json.loads(arrival.body)['jwt']}")
 
-        tokens = driver_tokens(kube, pod, "vault")
+        sent = Sensitive(opaque) if opaque else driver_tokens(kube, pod, "vault")["vault"]
         with Faulty() as faulty:
             faulty.on("auth/kubernetes/login", quote)
-            spec = spec_of(faulty.address, pod, Login("kubernetes", "vault", None), tokens)
-            with pytest.raises(LoginDenied, match=r"cannot parse .*\*\*\*") as told:
+            spec = spec_of(faulty.address, pod, Login("kubernetes", "vault", None), {"vault": sent})
+            with pytest.raises(LoginDenied, match=r"cannot parse \*\*\*") as told:
                 await log_in(servers, spec, kubernetes)
+        assert sent.reveal() not in str(told.value)
         assert "eyJ" not in str(told.value)
 
     async def test_unreachable_vault_is_no_denial(

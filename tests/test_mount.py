@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -219,6 +221,13 @@ class TestFiles:
         assert second.files[2].contents == b"shop-key-0002"
         assert second.versions[:2] == first.versions[:2]
         assert second.versions[2] != first.versions[2]
+
+    async def test_what_is_not_asked_for_any_more(self, node: Node, shop: EcommerceStand, counted: Counted) -> None:
+        """A credential that a volume's class names no longer is let go; asked for again, it is a new one."""
+        first = await node.mount(wanting(shop, USERNAME))
+        await node.mount(wanting(shop, API_KEY))
+        assert await node.mount(wanting(shop, USERNAME)) != first
+        assert counted(CREDS) == 2
 
     async def test_mode_and_path(self, node: Node, shop: EcommerceStand) -> None:
         """Each file has the path and the mode that its object asks for."""
@@ -498,11 +507,15 @@ class TestErrors:
         self, node: Node, shop: EcommerceStand, faulty: Faulty, letter: str
     ) -> None:
         """Names, paths and words of any length leave room for what to do."""
-        faulty.on("short", refusal(403, letter * 3000))
-        for path, remedy in ((letter * 3000, "check secretPath"), ("short", 'the capability "read" on "short"')):
-            error = await node.failure(wanting(shop, file(letter * 3000, path, "k"), address=faulty.address))
+        long = letter * 3000
+        others = [file(f"f{number}", f"{long}{number}", "k") for number in range(6)]
+        for other in others:
+            faulty.on(quote(other.request.path), refusal(403, long))
+        for path, remedy in ((long, "check secretPath"), (f"{long}0", 'the capability "read" on')):
+            error = await node.failure(wanting(shop, file(long, path, "k"), *others, address=faulty.address))
             assert encoded_size(str(error)) <= MAX_MESSAGE_BYTES
             assert remedy in str(error)
+            assert re.search(r"; and [1-6] more$", str(error))
 
     async def test_login_denied(self, node: Node, shop: EcommerceStand, counted: Counted) -> None:
         """A login that is denied fails the mount once, not once an object; it is asked for once."""
@@ -623,8 +636,10 @@ class TestCanaries:
             return Answer(200, {}, {f"bad {seen.headers.get('x-vault-token')} name": "\x00"})
 
         value = secret({"k": self.VALUE, "other": self.VALUE})
+        leased = secret({"k": self.VALUE}, lease_id="lease/1", lease_duration=3600, renewable=True)
         scenes: list[tuple[str, Answer | Callable[[Arrival], Answer], bool]] = [
             ("x", value, True),
+            ("x", leased, True),
             *((("x"), echo(status), False) for status in (200, 400, 403, 404, 405, 429, 500, 503)),
             ("x", header(307, "Location"), False),
             ("x", header(200, "Content-Type"), False),

@@ -280,11 +280,18 @@ class TestFilesOnDisk:
     async def test_replaced_ca_directory_is_read_again(
         self, servers: VaultServers, faulty: Faulty, authority: Authority, tmp_path: Path, clock: HandClock
     ) -> None:
-        """A file that comes into the directory counts, and one that goes does not any more."""
+        """A file that comes into the directory counts, one that is written over or goes does not any more."""
         directory = tmp_path / "cas"
         directory.mkdir()
         (directory / "other.crt").write_bytes(Authority("other").pem)
         tls = TlsSettings(ca_directory=str(directory))
+        with pytest.raises(VaultUnavailable, match=r"TLS"):
+            await read(servers, faulty.address, tls)
+        (directory / "ours.crt").write_bytes(authority.pem)
+        clock.seconds += 2
+        await read(servers, faulty.address, tls)
+        (directory / "ours.crt").write_bytes(Authority("fresh").pem)
+        clock.seconds += 2
         with pytest.raises(VaultUnavailable, match=r"TLS"):
             await read(servers, faulty.address, tls)
         (directory / "ours.crt").write_bytes(authority.pem)
@@ -564,12 +571,18 @@ class TestProxies:
     ) -> None:
         """VAULT_PROXY_ADDR counts before HTTPS_PROXY and NO_PROXY, for any address, as with Vault's own clients."""
         monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
-        monkeypatch.setenv("NO_PROXY", "*")
         servers = VaultServers(clock=clock, proxy=f"http://{proxy.place}")
-        await read(servers, "https://vault.internal:8200", TlsSettings(ca_cert=ca))
-        await read(servers, inside.address, TlsSettings(ca_cert=ca))
+        tls = TlsSettings(ca_cert=ca)
+        await read(servers, "https://vault.internal:8200", tls)
+        await read(servers, inside.address, tls)
+        monkeypatch.setenv("NO_PROXY", "*")
+        await read(servers, "https://vault.internal:8201", tls)
         await servers.close()
-        assert proxy.targets == ["vault.internal:8200", inside.address.removeprefix("https://")]
+        assert proxy.targets == [
+            "vault.internal:8200",
+            inside.address.removeprefix("https://"),
+            "vault.internal:8201",
+        ]
 
     async def test_unix_address_is_never_proxied(self, clock: HandClock, proxy: ConnectProxy, tmp_path: Path) -> None:
         """A socket of this machine is not behind a proxy."""
