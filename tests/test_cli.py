@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -561,7 +562,8 @@ def test_bug_at_the_start_is_one_line(
 
 
 def test_daemon_listens_on_its_health_port_and_is_ready(tmp_path: Path) -> None:
-    """The daemon serves /health/ready, 200 once it mounts; a port that is taken stops no mount."""
+    """The daemon serves /health/ready, 200 while it mounts and 503 once it stops; a port that is taken
+    stops no mount."""
     path = tmp_path / "vault.sock"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -575,10 +577,18 @@ def test_daemon_listens_on_its_health_port_and_is_ready(tmp_path: Path) -> None:
     with daemon("tests.daemon", path, f"--health-addr=127.0.0.1:{port}") as running:
         running.told("health is served")
         running.told("mounts are served")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        assert ready(port) == 200
+        running.signal(signal.SIGTERM)
+        running.told("stopping")
+        assert ready(port) == 503
+        assert running.ended() == 0
+
+
+def ready(port: int) -> int:
+    """The status of /health/ready."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.request("GET", "/health/ready")
-        assert connection.getresponse().status == 200
-        connection.close()
+        return connection.getresponse().status
 
 
 def test_environment_of_grpc_is_the_operators_if_set(tmp_path: Path) -> None:

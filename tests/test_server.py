@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -505,6 +506,14 @@ async def test_file_that_comes_between_check_and_takeover_is_left_alone(path: Pa
     assert path.read_text() == "precious"
 
 
+def test_socket_that_vanished_before_the_takeover_is_told(path: Path) -> None:
+    """Where the bound socket is gone, the endpoint is not touched and the error says what the system said."""
+    stale(path)
+    with pytest.raises(InvalidSetting, match="cannot be taken over: No such file or directory"):
+        Endpoint(str(path)).publish()
+    assert path.is_socket()
+
+
 async def test_missing_directory_is_told(tmp_path: Path) -> None:
     """An endpoint in a directory that does not exist is refused by the directory's name."""
     with pytest.raises(InvalidSetting, match=f"there is no directory {tmp_path}/nowhere: create it"):
@@ -553,9 +562,15 @@ async def test_leftovers_of_dead_daemons_are_removed(path: Path) -> None:
         alive.bind(str(path.with_name("vault.sock.81-0a1b")))
         alive.listen()
         os.utime(path.with_name("vault.sock.81-0a1b"), (0, 0))
-        await start_and_stop(path)
+        with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+            # One that dials waits in its queue of one, which is then full.
+            busy.bind(str(path.with_name("vault.sock.82-0a1b")))
+            busy.listen(0)
+            waiting.connect(str(path.with_name("vault.sock.82-0a1b")))
+            os.utime(path.with_name("vault.sock.82-0a1b"), (0, 0))
+            await start_and_stop(path)
     left = {entry.name.removeprefix("vault.sock.") for entry in path.parent.iterdir()}
-    assert left == {"78-0a1b", "backup", "other.sock.79-0a1b", "80-0a1b", "81-0a1b"}
+    assert left == {"78-0a1b", "backup", "other.sock.79-0a1b", "80-0a1b", "81-0a1b", "82-0a1b"}
 
 
 async def test_two_daemons_with_one_process_id_bind_apart(path: Path) -> None:
@@ -592,6 +607,19 @@ async def test_lock_that_another_holds_does_not_stop_a_takeover(path: Path, monk
         await start_and_stop(path)
     finally:
         os.close(held)
+
+
+async def test_file_system_without_locks_is_served(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the directory cannot be locked at all, the endpoint is taken over and left all the same."""
+    asked: list[int] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        asked.append(operation)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    await start_and_stop(path)
+    assert len(asked) == 2
 
 
 # --- ready and stop ---------------------------------------------------------------------------------------

@@ -294,9 +294,20 @@ def test_hooks_and_handlers_come_back() -> None:
     assert state() == before
 
 
+def full_pipe() -> tuple[int, int]:
+    """Reader and writer of a pipe that holds nothing but empty lines, and no byte more."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\n")
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
 def test_full_pipe_stops_nobody_and_the_loss_is_told() -> None:
     """When nobody reads stderr, logging returns at once; what was lost is counted when the reader is back."""
-    reader, writer = os.pipe()
+    reader, writer = full_pipe()
     lines: list[bytes] = []
 
     def read() -> None:
@@ -305,18 +316,31 @@ def test_full_pipe_stops_nobody_and_the_loss_is_told() -> None:
 
     try:
         with Log("info", "json", descriptor=writer, capacity=10):
-            # Far more than a pipe (64 KiB) and the queue hold: a call that waited would wait forever.
+            # More than the queue holds: a call that waited would wait forever.
             for number in range(200):
-                LOGGER.info("%d %s", number, "x" * 1000)
+                LOGGER.info("%d", number)
             thread = threading.Thread(target=read)
             thread.start()
     finally:
         os.close(writer)
     thread.join()
-    events = [json.loads(line) for line in lines]
+    events = [json.loads(line) for line in lines if line.strip()]
     lost = sum(event.get("dropped", 0) for event in events)
     assert lost > 0
     assert sum("dropped" not in event for event in events) + lost == 200
+
+
+def test_stuck_reader_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When stderr is full and nobody reads it, the log can still be closed."""
+    monkeypatch.setattr("provider.telemetry.log.FLUSH_SECONDS", 0.05)
+    reader, writer = full_pipe()
+    with Log("info", "json", descriptor=writer, capacity=10):
+        for number in range(200):
+            LOGGER.info("%d", number)
+    (stuck,) = [thread for thread in threading.enumerate() if thread.name == "log"]
+    os.close(reader)
+    stuck.join()
+    os.close(writer)
 
 
 def test_closed_stderr_stops_nobody() -> None:

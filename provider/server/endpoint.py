@@ -8,7 +8,6 @@ the old one or the new one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -137,10 +136,11 @@ class Endpoint:
                 try:
                     fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except OSError as error:
-                    if error.errno != errno.EWOULDBLOCK:
-                        break
+                except BlockingIOError:
                     time.sleep(0.005)
+                except OSError:
+                    # A file system without locks.
+                    break
             yield
         finally:
             os.close(directory)

@@ -131,6 +131,7 @@ class _LineHandler(logging.Handler):
         self._descriptor = descriptor
         self._lines: queue.Queue[str | None] = queue.Queue(capacity)
         self._dropped = 0
+        self._given_up = False
         self._writer = threading.Thread(target=self._write, name="log", daemon=True)
 
     def start(self) -> None:
@@ -148,11 +149,11 @@ class _LineHandler(logging.Handler):
             self._lines.put(None, timeout=FLUSH_SECONDS)
             self._writer.join(FLUSH_SECONDS)
         except queue.Full:
-            pass
+            self._given_up = True
         super().close()
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while not self._given_up and (line := self._lines.get()) is not None:
             self._put(line)
             # Told as soon as the reader is back; a line that is dropped meanwhile is told the next time.
             if self._dropped:
