@@ -253,8 +253,9 @@ class Session:
 
     async def _after_denial(self, token: HeldToken, mount: _Mount) -> HeldToken | None:
         """A token to try once more with after a 403, or None where the policies deny the read."""
-        if self._tokens[-1] is not token and self._tokens[-1].serial > mount.began:
-            return self._tokens[-1]
+        newest = self._tokens[-1] if self._tokens else token  # a dead one may be forgotten already
+        if newest is not token and newest.serial > mount.began:
+            return newest
         lives = await self._vault.token_lives(token.auth.token, mount.deadline)
         if not lives and "default" in token.auth.policies:
             self._bury(token)
