@@ -93,10 +93,10 @@ class Kept:
     percent: float
 
     def lives(self, now: float) -> bool:
-        """Whether Vault still holds it: a lease dies with its token, a certificate without a lease does not."""
+        """Whether Vault still holds it: a lease dies with its token, or the last use of it, a certificate does not."""
         if not self.life.lives(now):
             return False
-        return not self.secret.leased or (not self.token.dead and self.token.life.lives(now))
+        return not self.secret.leased or self.token.usable(now)
 
     @property
     def carrier(self) -> Lifetime | None:

@@ -256,6 +256,7 @@ class Session:
         newest = self._tokens[-1] if self._tokens else token  # a dead one may be forgotten already
         if newest is not token and newest.serial > mount.began:
             return newest
+        token.spend()
         lives = await self._vault.token_lives(token.auth.token, mount.deadline)
         if not lives and "default" in token.auth.policies:
             self._bury(token)
@@ -273,7 +274,8 @@ class Session:
     async def _keep(self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount) -> None:
         request, end = read.request, secret.certificate_end
         if secret.leased:
-            ttl, renewable = secret.lease_duration, secret.renewable
+            # A renewal is a use of the token, and its last use revokes what it was given: better replaced than renewed.
+            ttl, renewable = secret.lease_duration, secret.renewable and token.uses_left is None
             token.bears_leases = True
         elif end is not None and await self._issued(request, token, mount):
             ttl, renewable = max(1.0, end - self._clock.wall()), False
