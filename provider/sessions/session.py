@@ -134,6 +134,8 @@ class Session:
                 before = remembered.get(read.request)
                 shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
         self._drop(volume, keep={read.request for read in answers if not read.fresh})
+        if not self._under_way:
+            self._forget_tokens()
         return again
 
     def forget(self, volume: str) -> None:
@@ -596,9 +598,7 @@ class Session:
         if store is None or not self.dirty or self._ended:
             return
         self.dirty = False
-        now = self._clock.now()
-        needed = {id(kept.token) for kept in self._kept.values()}
-        self._tokens = [token for token in self._tokens if token.usable(now) or id(token) in needed]
+        self._forget_tokens()
         snapshot = Snapshot(self.identity, self.pod, self._tokens, list(self._kept.values()))
         try:
             await store.save(self.identity.key, Entry(self._generation + 1, dump(snapshot, self._clock)))
@@ -607,6 +607,12 @@ class Session:
             _log.warning("%s", error, extra=self._about())
         else:
             self._generation += 1
+
+    def _forget_tokens(self) -> None:
+        """Forget tokens that are over; no read may be under way under one of them."""
+        now = self._clock.now()
+        needed = {id(kept.token) for kept in self._kept.values()}
+        self._tokens = [token for token in self._tokens if token.usable(now) or id(token) in needed]
 
     def _soon(self) -> float:
         return asyncio.get_running_loop().time() + RENEWAL_SECONDS
