@@ -154,13 +154,12 @@ class Mounter:
             advice = error.advice
             if isinstance(error, AccessDenied | SecretNotFound) and number < MAX_EXPLAINED:
                 advice = await self._advice(error, objects[0].request, spec, deadline) or advice
-            named = len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied)
-            # What comes of rendering names its object itself.
-            named = named or error.what.startswith(f'object "{objects[0].name}"')
-            what = ("" if named else _named(objects)) + one_line(error.what, MAX_WHAT) + _where(error, spec)
-            sentences.append(
-                type(error)(fit(what, MAX_WHAT_BYTES), fit(one_line(advice, MAX_ADVICE), MAX_ADVICE_BYTES))
-            )
+            about = _named(objects)
+            # All of several objects need no names, nor does a login; what comes of rendering has its object's already.
+            if len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied) or error.what.startswith(about):
+                about = ""
+            what = fit(about + one_line(error.what, MAX_WHAT) + _where(error, spec), MAX_WHAT_BYTES)
+            sentences.append(type(error)(what, fit(one_line(advice, MAX_ADVICE), MAX_ADVICE_BYTES)))
         return MountFailed(sentences)
 
     async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, deadline: float) -> str:
