@@ -502,7 +502,7 @@ class TestErrors:
         assert encoded_size(str(error)) <= MAX_MESSAGE_BYTES
         assert "check secretPath" in str(error)
 
-    @pytest.mark.parametrize("letter", ["x", "%", "ü"])
+    @pytest.mark.parametrize("letter", ["x", "%", "ü", "😀"])
     async def test_remedy_survives_long_texts(
         self, node: Node, shop: EcommerceStand, faulty: Faulty, letter: str
     ) -> None:

@@ -24,7 +24,7 @@ from provider.errors import (
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
-from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret, VaultServers, adapter
+from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret, VaultServers, adapter, transport
 from provider.vault.transport import NotSent
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
@@ -493,6 +493,20 @@ class TestStrangeAnswers:
         for _ in range(2):
             with pytest.raises(LoginDenied, match=r"holds no token.*MFA"):
                 await vault.login(LOGIN, Sensitive("jwt"), within())
+
+    async def test_reprs_show_no_secret(self, vault: Vault, faulty: Faulty) -> None:
+        """Neither an answer nor what a login gave shows its secret to whoever prints it."""
+        faulty.on("x", secret({"a": "canary"}, lease_id="lease/1"))
+        faulty.on("auth/kubernetes/login", token("canary"))
+        request = with_body("GET", "x", {"pin": "canary"})
+        bare = transport.Transport(vault.server, clock=SystemClock(), proxy="")
+        raw = await bare.send("GET", "/v1/x", {}, None)
+        await bare.close()
+        auth = await vault.login(LOGIN, Sensitive("jwt"), within())
+        answer = await read(vault, request)
+        shown = [repr(part) for part in (raw, auth, answer, request)]
+        assert "canary" not in "".join(shown)
+        assert "lease/1" in shown[2]
 
 
 class TestLives:
