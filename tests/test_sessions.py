@@ -6,14 +6,16 @@ The Vault is simulated (tests/stand/simvault.py); mounter, sessions and HTTP are
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from provider.errors import MountFailed
+from provider.errors import Code, MountFailed, OutOfTime
 from provider.sessions import registry
+from provider.sessions.model import HeldToken
 from provider.spc import Pod
 from tests.stand.simnode import CERTIFICATE, PRIVATE_KEY, STATIC, Node, Stage, credential, wanted
 from tests.stand.simtime import simulated
@@ -523,8 +525,7 @@ async def test_too_short_for_its_volume_is_logged(caplog: pytest.LogCaptureFixtu
 # A pod's auth role and database role, and the least time, in seconds, that passes between two credentials: that a
 # maximum TTL is near is known no earlier than one TTL before it, or a renewal point where that is all there is.
 SHAPES: dict[str, tuple[Role, Creds, float]] = {
-    # The lease is found to be at its maximum, and then its token, issued a moment before it: two for each 23 hours.
-    "defaults": (Role(ttl=HOUR, max_ttl=DAY), Creds(ttl=HOUR, max_ttl=DAY), 23 * HOUR / 2),
+    "defaults": (Role(ttl=HOUR, max_ttl=DAY), Creds(ttl=HOUR, max_ttl=DAY), 23 * HOUR),
     "long-token": (Role(ttl=32 * DAY, max_ttl=32 * DAY), Creds(ttl=HOUR, max_ttl=DAY), 23 * HOUR),
     "short-lease": (Role(ttl=HOUR, max_ttl=10 * DAY), Creds(ttl=10 * MINUTE, max_ttl=HOUR), 50 * MINUTE),
     "short-token": (Role(ttl=20 * MINUTE, max_ttl=2 * HOUR), Creds(ttl=HOUR, max_ttl=DAY), 100 * MINUTE),
@@ -567,3 +568,440 @@ def test_two_days_without_a_dead_credential(seed: int) -> None:
 
     random.seed(seed)
     scene()
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_vault_away_past_the_renewal_point() -> None:
+    """Vault away for longer than the renewal point but shorter than the lease: renewed when back, nothing new."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential())
+        await asyncio.sleep(30 * MINUTE)
+        await stage.vault.stop()
+        await asyncio.sleep(28 * MINUTE)
+        assert await node.mount(pod, *credential()) == first
+        await stage.vault.start()
+        await asyncio.sleep(4 * HOUR)
+        assert await node.mount(pod, *credential()) == first
+        assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+        assert dead_seconds(stage, node, pod) == 0
+
+
+@simulated
+async def test_vault_silent_past_the_renewal_point() -> None:
+    """A Vault that takes requests and does not answer is asked again: the lease is renewed once it answers."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential())
+        stage.vault.breaks("sys/leases/renew", 503, "Vault is sealed")
+        with stage.vault.hold("auth/token/renew-self"):
+            await asyncio.sleep(50 * MINUTE)
+        stage.vault.mend()
+        await asyncio.sleep(2 * HOUR)
+        assert await node.mount(pod, *credential()) == first
+        assert stage.vault.issued == 1
+
+
+@simulated
+async def test_vault_away_when_a_credential_is_due() -> None:
+    """A re-mount that would replace a credential keeps the old one while Vault is away and the old one lives."""
+    async with Stage() as stage:
+        stage.vault.creds["database/creds/app"] = Creds(ttl=HOUR, max_ttl=HOUR, renewable=False)
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential())
+        await asyncio.sleep(45 * MINUTE)
+        await stage.vault.stop()
+        assert await node.mount(pod, *credential()) == first
+        await stage.vault.start()
+        assert await node.mount(pod, *credential()) != first
+
+
+@simulated
+async def test_vault_away_when_a_credential_is_dead() -> None:
+    """A dead credential is not handed out: the mount fails, and the code is that of an unreachable Vault."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        await stage.vault.stop()
+        await asyncio.sleep(61 * MINUTE)
+        with pytest.raises(MountFailed) as failed:
+            await node.mount(pod, *credential())
+        assert failed.value.code is Code.FAILED_PRECONDITION
+
+
+@simulated
+async def test_storage_lost_is_found_by_a_static_object() -> None:
+    """After Vault lost its storage, one re-mount logs in and issues anew, none of its files from before."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential(), STATIC)
+        await asyncio.sleep(5 * MINUTE)
+        stage.vault.lose_storage()
+        second = await node.mount(pod, *credential(), STATIC)
+        assert second["user"] != first["user"]
+        assert stage.vault.lease_of(second["user"]).ends > stage.world.now()
+        assert (stage.vault.logins, stage.vault.issued) == (2, 2)
+
+
+@simulated
+async def test_storage_lost_is_found_by_a_renewal() -> None:
+    """Without a static object the next renewal finds out, and the re-mount after it brings a new credential."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.vault.lose_storage()
+        await asyncio.sleep(45 * MINUTE)
+        files = await node.mount(pod, *credential())
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_token_found_gone_while_a_read_is_under_way() -> None:
+    """A read that is denied since its token died meanwhile logs in, though the token was already forgotten."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True), stage.pod("a")
+        await node.mount(pod, STATIC)
+        stage.vault.breaks("secret/", 403, "permission denied")
+        with stage.vault.hold("secret/"):
+            reading = asyncio.create_task(node.mount(pod, STATIC))
+            await asyncio.sleep(1)
+            stage.vault.lose_storage()
+            stage.vault.mend()
+            stage.world.suspend(50 * MINUTE)
+            await asyncio.sleep(20)
+            assert stage.vault.count("auth/token/renew-self") == 1
+        assert await reading == {"static": "pass-1"}
+        assert stage.vault.logins == 2
+
+
+@simulated
+async def test_node_suspended_for_an_hour() -> None:
+    """After an hour of suspension, which no timer counted, what is due is renewed within seconds of waking."""
+    async with Stage() as stage:
+        stage.vault.creds["database/creds/app"] = Creds(ttl=2 * HOUR)
+        stage.vault.roles["app"] = Role(ttl=2 * HOUR)
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential())
+        await asyncio.sleep(30 * MINUTE)
+        stage.world.suspend(HOUR)
+        await asyncio.sleep(10)
+        assert stage.vault.count("sys/leases/renew") == 1
+        assert await node.mount(pod, *credential()) == first
+        assert stage.vault.issued == 1
+
+
+@simulated
+async def test_node_suspended_for_longer_than_its_credential() -> None:
+    """A credential that died while the node slept is replaced by the first re-mount, never handed out again."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(10 * MINUTE, pod, *credential(), STATIC)
+        stage.world.suspend(3 * HOUR)
+        files = await node.mount(pod, *credential(), STATIC)
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@pytest.mark.parametrize("seconds", [-10 * DAY, 10 * DAY])
+def test_date_that_is_set(seconds: float) -> None:
+    """Whoever sets the node's date moves no renewal: nothing dies, nothing is issued twice."""
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            node, pod = stage.node(kept=True), stage.pod("a")
+            first = await node.mount(pod, *credential(), CERTIFICATE)
+            stage.clock.set_date(seconds)
+            await asyncio.sleep(5 * HOUR)
+            assert await node.mount(pod, *credential(), CERTIFICATE) == first
+            assert dead_seconds(stage, node, pod) == 0
+            await stage.killed(node)
+            assert await stage.node(kept=True).mount(pod, *credential(), CERTIFICATE) == first
+            assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+
+    scene()
+
+
+# Asked for once -------------------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_caller_who_gives_up_joins_when_it_asks_again() -> None:
+    """A driver that gives up while Vault is slow leaves no second credential behind when it asks again."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("database/"):
+            first = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            second = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+        files = await second
+        assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+        assert files["user"] == stage.vault.all_leases[0].username
+
+
+@simulated
+async def test_caller_who_gives_up_finds_what_came_meanwhile() -> None:
+    """An answer that came after its caller went away is kept, renewed, and given to who asks again."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("database/"):
+            first = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+            first.cancel()
+        await asyncio.sleep(2 * HOUR)
+        files = await node.mount(pod, *credential())
+        assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_caller_who_gives_up_at_the_login() -> None:
+    """A login whose caller went away is not made again."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("auth/kubernetes/login"):
+            first = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+            first.cancel()
+            await asyncio.sleep(0)
+            second = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+        await second
+        assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+
+
+@simulated
+async def test_mount_out_of_time_leaves_no_second_credential() -> None:
+    """A mount that runs out of its own time says so, and the next one gets the credential that it had asked for."""
+    async with Stage() as stage:
+        node, pod = stage.node(mount_timeout=60), stage.pod("a")
+        with stage.vault.hold("database/"):
+            with pytest.raises(OutOfTime):
+                await node.mount(pod, *credential())
+            again = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(30)
+        await again
+        assert (stage.vault.logins, stage.vault.issued) == (1, 1)
+
+
+@simulated
+async def test_answer_that_never_comes_is_given_up() -> None:
+    """After five minutes without an answer the request is given up, and a later mount sends it again."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("database/"):
+            with pytest.raises(OutOfTime):
+                await node.mount(pod, *credential())
+            await asyncio.sleep(6 * MINUTE)
+            again = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+        await again
+        assert stage.vault.count("database/creds/app") == 2
+
+
+@simulated
+async def test_many_mounts_of_one_pod_at_once() -> None:
+    """64 mounts of one pod at the same time make one login and one credential, the same for all."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        files = await asyncio.gather(
+            *(node.mount(pod, *credential(), STATIC, CERTIFICATE, volume=f"/{number}") for number in range(64))
+        )
+        assert len({tuple(sorted(found.items())) for found in files}) == 1
+        assert (stage.vault.logins, stage.vault.issued, stage.vault.count("pki/issue/web")) == (1, 1, 1)
+
+
+@simulated
+async def test_one_caller_who_goes_away_takes_nobody_along() -> None:
+    """Of two mounts that wait for one answer, the cancelled one does not cancel the other."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("database/"):
+            first = asyncio.create_task(node.mount(pod, *credential(), volume="/one"))
+            second = asyncio.create_task(node.mount(pod, *credential(), volume="/two"))
+            await asyncio.sleep(1)
+            first.cancel()
+            await asyncio.sleep(1)
+        assert (await second)["user"] == stage.vault.all_leases[0].username
+
+
+# 403 and tokens of other kinds ----------------------------------------------------------------------------------
+
+
+async def denials(node: Node, pod: Pod, times: int, apart: float) -> None:
+    """So many mounts that are to fail for want of permission."""
+    for _ in range(times):
+        with pytest.raises(MountFailed) as failed:
+            await node.mount(pod, STATIC)
+        assert failed.value.code is Code.PERMISSION_DENIED
+        await asyncio.sleep(apart)
+
+
+@simulated
+async def test_policy_denial_does_not_log_in_at_each_retry() -> None:
+    """A first mount that policies deny does not log in again; later ones do once in five minutes, not at each."""
+    async with Stage() as stage:
+        stage.vault.policies["app"] = ()
+        node, pod = stage.node(), stage.pod("a")
+        await denials(node, pod, 1, 0)
+        assert stage.vault.logins == 1
+        await denials(node, pod, 10, 30)
+        assert stage.vault.logins == 2
+        await asyncio.sleep(5 * MINUTE)
+        await denials(node, pod, 1, 0)
+        assert stage.vault.logins == 3
+
+
+@simulated
+async def test_token_that_died_is_replaced_at_once() -> None:
+    """A 403 under a token that Vault does not know any more costs one login, in the same mount, at any time."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, STATIC)
+        for _ in range(3):
+            stage.vault.lose_storage()
+            assert await node.mount(pod, STATIC) == {"static": "pass-1"}
+        assert stage.vault.logins == 4
+
+
+@simulated
+async def test_token_without_the_default_policy() -> None:
+    """A token that may not look itself up, and died, is replaced; so is the lease that died with it."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(policies=("app",))
+        node, pod = stage.node(), stage.pod("a")
+        first = await node.mount(pod, *credential(), STATIC)
+        stage.vault.lose_storage()
+        second = await node.mount(pod, *credential(), STATIC)
+        assert second["user"] != first["user"]
+        assert stage.vault.lease_of(second["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_token_that_may_not_renew_itself() -> None:
+    """Without the default policy nothing can be renewed: credentials are replaced in time all the same."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(policies=("app",))
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(5 * HOUR, pod, *credential(), STATIC)
+        assert dead_seconds(stage, node, pod) == 0
+        assert stage.vault.issued <= 10
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3, 5])
+def test_token_of_few_uses(uses: int) -> None:
+    """A token of ``num_uses`` is used no more often than that; what dies with it is not handed out."""
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            stage.vault.roles["app"] = Role(num_uses=uses)
+            stage.vault.kv["secret/data/b"] = {"data": {"password": "of-b"}, "metadata": {}}
+            node, pod = stage.node(), stage.pod("a")
+            for _ in range(4):
+                files = await node.mount(pod, STATIC, wanted("b", "secret/data/b", "password"))
+                assert files == {"static": "pass-1", "b": "of-b"}
+            assert stage.vault.count("auth/token/renew-self") == 0
+
+    scene()
+
+
+@simulated
+async def test_lease_dies_with_the_last_use_of_its_token() -> None:
+    """A token's last use revokes it and its leases (docs/contract.md section 3): the file holds a live credential."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(num_uses=3)
+        node, pod = stage.node(), stage.pod("a")
+        for _ in range(5):
+            files = await node.mount(pod, *credential(), STATIC)
+            assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+            await asyncio.sleep(75)
+
+
+@simulated
+async def test_batch_token_is_neither_renewed_nor_revoked() -> None:
+    """Nothing is asked of Vault that a batch token cannot do; a new login comes before it ends."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(batch=True)
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(3 * HOUR, pod, *credential())
+        assert stage.vault.count("auth/token/renew-self") == 0
+        assert stage.vault.count("auth/token/revoke-self") == 0
+        assert dead_seconds(stage, node, pod) == 0
+        assert stage.vault.logins <= 6
+
+
+@simulated
+async def test_tokens_without_end() -> None:
+    """A token of TTL 0 is not renewed, and its leases are."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.roles["app"] = Role(ttl=0)
+        await node.mount(pod, STATIC)
+        await asyncio.sleep(3 * HOUR)
+        assert await node.mount(pod, STATIC) == {"static": "pass-1"}
+        assert (stage.vault.logins, stage.vault.count("auth/token/renew-self")) == (1, 0)
+
+
+# No room --------------------------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_cache_of_nothing_leaves_no_token() -> None:
+    """With ``cache_size`` 0 each mount logs in, and revokes its token when it is done, unless a lease hangs on it."""
+    async with Stage() as stage:
+        node, pod = stage.node(cache_size=0), stage.pod("a")
+        for _ in range(3):
+            await node.mount(pod, STATIC)
+        await asyncio.sleep(1)
+        assert stage.vault.logins == 3
+        assert not stage.vault.live_tokens()
+        files = await node.mount(pod, *credential())
+        await asyncio.sleep(1)
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_least_recently_mounted_is_let_go() -> None:
+    """Past ``cache_size`` the pod that mounted longest ago is let go, its token revoked; the others stay."""
+    async with Stage() as stage:
+        node = stage.node(cache_size=2)
+        one, two, three = (stage.pod(name) for name in "abc")
+        await node.mount(one, STATIC)
+        await node.mount(two, STATIC)
+        await node.mount(one, STATIC)
+        await node.mount(three, STATIC)
+        await asyncio.sleep(1)
+        assert [token.jwt for token in stage.vault.live_tokens()] == ["shop/uid-of-a", "shop/uid-of-c"]
+        await node.mount(one, STATIC)
+        assert stage.vault.logins == 3
+
+
+@simulated
+async def test_failed_mounts_are_let_go_too() -> None:
+    """A mount that failed does not stay past ``cache_size`` either."""
+    async with Stage() as stage:
+        node, pod = stage.node(cache_size=0), stage.pod("a")
+        with pytest.raises(MountFailed):
+            await node.mount(pod, wanted("nothing", "secret/data/nothing", "key"))
+        await asyncio.sleep(1)
+        assert not stage.vault.live_tokens()
+
+
+@days
+@simulated
+async def test_what_is_over_is_forgotten() -> None:
+    """A pod that lives for long does not gather dead tokens: a session holds as much after days as after hours."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(ttl=10 * MINUTE, max_ttl=10 * MINUTE)
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(DAY, pod, STATIC)
+        assert stage.vault.logins > 100
+        tokens = sum(isinstance(found, HeldToken) for found in gc.get_objects())
+        assert tokens <= 5

@@ -84,6 +84,9 @@ class Session:
         self._static: set[SecretRequest] = set()
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._policy_login_at = float("-inf")
+        # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
+        # together, and so found together to be at their maximum, instead of a lease being replaced once for each.
+        self._luck = random.random()
         self._asked = True  # whether a volume, as far as is known, mounts under this identity
         self._ended = False
         self._gate = asyncio.Lock()
@@ -294,7 +297,7 @@ class Session:
             ttl,
             renewable=renewable,
             percent=self._around.renew_percent,
-            luck=random.random(),
+            luck=self._luck,
             notice=self._notice(),
         )
         old = self._kept.get(request)
@@ -345,7 +348,7 @@ class Session:
             auth.ttl,
             renewable=auth.renewable and not auth.num_uses,
             percent=self._around.renew_percent,
-            luck=random.random(),
+            luck=self._luck,
             notice=self._notice(),
         )
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
@@ -400,7 +403,6 @@ class Session:
         if life.renew_at > self._clock.now():
             return
         about = self._about() | {"path": path}
-        luck = random.random()
         self.dirty = True
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
@@ -412,11 +414,11 @@ class Session:
             life.refused()
             _log.info("not renewed any further: %s; the next re-mount brings a new one", refused, extra=about)
         except (ProviderError, TimeoutError) as error:
-            life.unanswered(self._clock.now(), luck)
+            life.unanswered(self._clock.now(), random.random())
             _log.warning("renewal unanswered, trying again: %s", error, extra=about)
         else:
             percent = self._around.renew_percent
-            life.renewed(self._clock.now(), ttl, percent=percent, luck=luck, notice=self._notice())
+            life.renewed(self._clock.now(), ttl, percent=percent, luck=self._luck, notice=self._notice())
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
 
     def _renewable(self) -> tuple[list[HeldToken], list[Kept]]:

@@ -201,7 +201,8 @@ class SimVault:
         token = self.tokens.get(token_id)
         if token is None or token.ends <= now:
             return _error(403, "permission denied")
-        if token.uses:
+        # Asking for an engine is no use of a token: checked against OpenBao 2.7.
+        if token.uses and not path.startswith("sys/internal/ui/mounts/"):
             token.uses -= 1
             if not token.uses:
                 token.revoked = math.nextafter(now, math.inf)  # this request is still answered
@@ -232,7 +233,7 @@ class SimVault:
             jwt,
             f"entity-{mount}-{jwt.partition('/')[0]}" if role.entity else "",
             now,
-            now + role.ttl,
+            now + role.ttl if role.ttl else math.inf,
             role.num_uses,
         )
         self.tokens[token.id] = token
