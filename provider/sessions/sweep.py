@@ -102,7 +102,8 @@ class Sweeper:
         for uid, session in last_mounts.items():
             if uid in listed.uids:
                 continue
-            mounted_at = max(found.mounted_at for found in self._sessions.of_pod(uid))
+            # Its last session may have ended while another pod was asked for.
+            mounted_at = max((found.mounted_at for found in self._sessions.of_pod(uid)), default=float("inf"))
             since = before.get(uid)
             if since is None or mounted_at >= since:
                 self._absent[uid] = began

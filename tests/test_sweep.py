@@ -1,0 +1,420 @@
+"""The end of a pod: what shows that it is gone, what does not, and what is revoked then."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from provider.errors import KubernetesDenied, KubernetesUnavailable
+from provider.spc import Pod
+from tests.stand.simnode import OWN_POD, STATIC, Key, Stage, credential
+from tests.stand.simtime import simulated
+from tests.stand.simvault import Role
+
+SWEEP = 60.0
+"""The daemon's default --sweep-interval, in seconds."""
+HOUR = 3600.0
+
+
+@simulated
+async def test_pod_that_is_gone_leaves_nothing() -> None:
+    """After its end every token of a pod is revoked, and so every lease; pods that live keep theirs."""
+    async with Stage() as stage:
+        node, gone, alive = stage.node(), stage.pod("a"), stage.pod("b")
+        await node.mount(gone, *credential(), STATIC)
+        kept = await node.mount(alive, *credential())
+        stage.remove(gone)
+        await asyncio.sleep(3 * SWEEP)
+        assert [token.jwt for token in stage.vault.live_tokens()] == ["shop/uid-of-b"]
+        assert [lease.username for lease in stage.vault.live_leases()] == [kept["user"]]
+
+
+@simulated
+async def test_many_pods_come_and_go() -> None:
+    """Of 200 pods that came and went nothing is left at Vault; while they lived each had one token."""
+    async with Stage() as stage:
+        node = stage.node()
+        pods = [stage.pod(f"pod-{number}") for number in range(200)]
+        await asyncio.gather(*(node.mount(pod, *credential()) for pod in pods))
+        assert len(stage.vault.live_tokens()) == len(stage.vault.all_tokens) == 200
+        for pod in pods:
+            stage.remove(pod)
+        await asyncio.sleep(3 * SWEEP)
+        assert not stage.vault.live_tokens()
+        assert not stage.vault.live_leases()
+        assert not node.sessions.all()
+
+
+@simulated
+async def test_all_tokens_of_a_pod_are_revoked() -> None:
+    """A pod that mounted under two roles has two sessions: its end revokes the tokens of both."""
+    async with Stage() as stage:
+        stage.vault.roles["other"] = Role()
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential(), volume="/one")
+        await node.mount(pod, *credential(), volume="/two", role="other")
+        stage.remove(pod)
+        await asyncio.sleep(3 * SWEEP)
+        assert stage.vault.logins == 2
+        assert not stage.vault.live_tokens()
+
+
+@simulated
+async def test_one_absence_proves_nothing() -> None:
+    """A pod that one listing lacked and the next has is not even looked for by name."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.cluster.unseen.add(pod.uid)
+        await node.sweeper.sweep()
+        stage.cluster.unseen.clear()
+        await node.sweeper.sweep()
+        stage.cluster.unseen.add(pod.uid)
+        await node.sweeper.sweep()
+        assert stage.cluster.confirmed == []
+        assert len(stage.vault.live_tokens()) == 1
+
+
+@simulated
+async def test_mount_between_two_sweeps_proves_life() -> None:
+    """A pod that the cache lacks, as new ones are, but that mounted since the first absence, is not gone."""
+    async with Stage() as stage:
+        node, pod = stage.node(sweep_interval=1e9), stage.pod("a")
+        await node.mount(pod, STATIC)
+        stage.cluster.unseen.add(pod.uid)
+        for _ in range(5):
+            await asyncio.sleep(30)
+            await node.sweeper.sweep()
+            await asyncio.sleep(30)
+            await node.mount(pod, STATIC)
+        assert stage.cluster.confirmed == []
+        await asyncio.sleep(30)
+        await node.sweeper.sweep()
+        await asyncio.sleep(30)
+        await node.sweeper.sweep()
+        assert stage.cluster.confirmed == [pod.uid]
+
+
+@simulated
+async def test_failed_mount_proves_life_too() -> None:
+    """A mount that fails shows that the pod is there as well as one that succeeds."""
+    async with Stage() as stage:
+        node, pod = stage.node(sweep_interval=1e9), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.cluster.unseen.add(pod.uid)
+        await node.sweeper.sweep()
+        await asyncio.sleep(30)
+        stage.vault.breaks("secret/", 400)
+        with pytest.raises(Exception, match="Vault refused"):
+            await node.mount(pod, *credential(), STATIC)
+        await node.sweeper.sweep()
+        assert stage.cluster.confirmed == []
+
+
+@simulated
+async def test_cache_that_lags_is_not_believed() -> None:
+    """A pod that two listings lack, and that is there when it is asked for by name, keeps its credentials."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.cluster.unseen.add(pod.uid)
+        await asyncio.sleep(20 * SWEEP)
+        assert pod.uid in stage.cluster.confirmed
+        assert len(stage.vault.live_tokens()) == 1
+
+
+@simulated
+async def test_pod_of_the_same_name_is_another() -> None:
+    """A StatefulSet's pod that was deleted and made again has another UID: the old one's token is revoked."""
+    async with Stage() as stage:
+        node, old = stage.node(), stage.pod("a")
+        await node.mount(old, *credential())
+        stage.remove(old)
+        new = Pod(old.namespace, old.name, "uid-of-the-next", old.service_account)
+        stage.cluster.pods[new.uid] = new
+        files = await node.mount(new, *credential())
+        await asyncio.sleep(3 * SWEEP)
+        assert [lease.username for lease in stage.vault.live_leases()] == [files["user"]]
+
+
+@simulated
+async def test_confirmation_that_fails_revokes_nothing() -> None:
+    """As long as nobody can confirm it, a pod that is absent is not gone; afterwards it is."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+
+        def fail() -> None:
+            raise KubernetesUnavailable("the API server does not answer")
+
+        stage.cluster.before_confirming = fail
+        await asyncio.sleep(5 * SWEEP)
+        assert stage.cluster.confirmed
+        assert len(stage.vault.live_tokens()) == 1
+        stage.cluster.before_confirming = lambda: None
+        await asyncio.sleep(2 * SWEEP)
+        assert not stage.vault.live_tokens()
+
+
+@pytest.mark.parametrize("fault", ["own pod missing", "cut short", "wrong node", "no answer"])
+def test_listing_that_proves_nothing(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A listing without the daemon's own pod, of another node, cut short or failed revokes nothing, and says so."""
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            node = stage.node(**({"node_name": "node-2"} if fault == "wrong node" else {}))
+            pod = stage.pod("a")
+            await node.mount(pod, *credential())
+            stage.remove(pod)
+            if fault == "own pod missing":
+                stage.cluster.unseen.add(OWN_POD.uid)
+            elif fault == "cut short":
+                stage.cluster.complete = False
+            elif fault == "no answer":
+                stage.cluster.failure = KubernetesUnavailable("no answer")
+            await asyncio.sleep(5 * SWEEP)
+            assert stage.cluster.listed >= 4
+            assert len(stage.vault.live_tokens()) == 1
+            assert "this sweep revokes nothing" in caplog.text
+
+    scene()
+
+
+@simulated
+async def test_absences_around_a_useless_listing_do_not_add_up() -> None:
+    """After a listing that proved nothing, two new absences are needed."""
+    async with Stage() as stage:
+        node, pod = stage.node(sweep_interval=1e9), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        await asyncio.sleep(1)
+        await node.sweeper.sweep()
+        stage.cluster.complete = False
+        await node.sweeper.sweep()
+        stage.cluster.complete = True
+        await node.sweeper.sweep()
+        assert len(stage.vault.live_tokens()) == 1
+        await node.sweeper.sweep()
+        await asyncio.sleep(1)
+        assert not stage.vault.live_tokens()
+
+
+@simulated
+async def test_own_pod_is_not_needed_where_it_is_unknown() -> None:
+    """Without POD_NAME and POD_NAMESPACE the listing is believed as it is."""
+    async with Stage() as stage:
+        node, pod = stage.node(pod_name="", pod_namespace=""), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(OWN_POD)
+        stage.remove(pod)
+        await asyncio.sleep(3 * SWEEP)
+        assert not stage.vault.live_tokens()
+
+
+@simulated
+async def test_session_that_ends_while_another_is_confirmed() -> None:
+    """A session that is let go while the sweep waits for the API server does not stop the sweep for ever."""
+    async with Stage() as stage:
+        node = stage.node(sweep_interval=1e9)
+        pods = [stage.pod(name) for name in "ab"]
+        for pod in pods:
+            await node.mount(pod, STATIC)
+            stage.remove(pod)
+        await asyncio.sleep(1)
+        await node.sweeper.sweep()
+        stage.cluster.before_confirming = lambda: node.sessions.end(pods[1].uid)
+        await node.sweeper.sweep()
+        await asyncio.sleep(1)
+        assert not stage.vault.live_tokens()
+
+
+# Where nobody can say ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["denied", "no node name"])
+def test_where_pods_cannot_be_listed(why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without permission or node name that is said once; sessions idle out by themselves, unrevoked."""
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
+            node = stage.node(**({"node_name": ""} if why == "no node name" else {}))
+            gone, alive = stage.pod("a"), stage.pod("b")
+            await node.mount(gone, *credential())
+            await node.remount(5 * HOUR, alive, *credential())
+            assert caplog.text.count("pods that are gone cannot be found") == 1
+            assert [token.jwt for token in stage.vault.live_tokens()] == ["shop/uid-of-b"]
+            assert stage.vault.count("auth/token/revoke-self") == 0
+            assert len(node.sessions.all()) == 1
+
+    scene()
+
+
+@simulated
+async def test_where_no_remounts_come_nothing_idles_out() -> None:
+    """With rotation off no re-mount shows that a pod lives: where pods cannot be listed all are kept alive."""
+    async with Stage() as stage:
+        stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
+        node, pod = stage.node(), stage.pod("a")
+        files = await node.mount(pod, *credential())
+        await asyncio.sleep(10 * HOUR)
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_permission_that_is_given_later(caplog: pytest.LogCaptureFixture) -> None:
+    """Once listing is allowed, pods that are gone are found; if it is denied again, that is said again."""
+    async with Stage() as stage:
+        stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
+        node, pod, other = stage.node(), stage.pod("a"), stage.pod("b")
+        await node.mount(pod, *credential())
+        await node.mount(other, *credential())
+        await asyncio.sleep(3 * SWEEP)
+        stage.cluster.failure = None
+        stage.remove(pod)
+        await asyncio.sleep(3 * SWEEP)
+        assert len(stage.vault.live_tokens()) == 1
+        stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
+        await asyncio.sleep(3 * SWEEP)
+        assert caplog.text.count("pods that are gone cannot be found") == 2
+
+
+@simulated
+async def test_revoke_never() -> None:
+    """With --revoke=never nobody is asked, and no token is revoked at a pod's end."""
+    async with Stage() as stage:
+        node, pod = stage.node(revoke=False), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        await asyncio.sleep(5 * SWEEP)
+        assert stage.cluster.listed == 0
+        assert len(stage.vault.live_tokens()) == 1
+
+
+@simulated
+async def test_idle_node_asks_nobody() -> None:
+    """Without a session the API server is not asked."""
+    async with Stage() as stage:
+        stage.node()
+        await asyncio.sleep(5 * SWEEP)
+        assert stage.cluster.listed == 0
+
+
+# Revocation -------------------------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_revocation_is_tried_until_it_succeeds() -> None:
+    """A Vault that is away when a pod ends is told when it is back, minutes later."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        await stage.vault.stop()
+        stage.remove(pod)
+        await asyncio.sleep(20 * SWEEP)
+        await stage.vault.start()
+        assert len(stage.vault.live_tokens()) == 1
+        await asyncio.sleep(2 * SWEEP)
+        assert not stage.vault.live_tokens()
+
+
+@simulated
+async def test_revocation_ends_with_the_token() -> None:
+    """Revocation is tried, with growing pauses, until the token's own expiry and not after."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        stage.vault.breaks("auth/token/revoke-self", 503, "Vault is sealed")
+        await asyncio.sleep(HOUR + 2 * SWEEP)
+        tries = stage.vault.count("auth/token/revoke-self")
+        assert 50 < tries < 1000
+        await asyncio.sleep(HOUR)
+        assert stage.vault.count("auth/token/revoke-self") == tries
+        assert stage.vault.count("auth/token/renew-self") == 0
+
+
+@simulated
+async def test_batch_token_is_tried_once() -> None:
+    """A batch token cannot be revoked; that is learnt by one request."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(batch=True)
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        await asyncio.sleep(10 * SWEEP)
+        assert stage.vault.count("auth/token/revoke-self") == 1
+
+
+@simulated
+async def test_what_is_under_way_at_the_end_is_revoked_too() -> None:
+    """A credential whose answer comes after its pod's end was noticed is revoked with the rest."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        with stage.vault.hold("database/"):
+            mount = asyncio.create_task(node.mount(pod, *credential()))
+            await asyncio.sleep(1)
+            mount.cancel()
+            stage.remove(pod)
+            await asyncio.sleep(3 * SWEEP)
+        await asyncio.sleep(SWEEP)
+        assert stage.vault.issued == 1
+        assert not stage.vault.live_leases()
+
+
+@simulated
+async def test_termination_revokes_nothing() -> None:
+    """On SIGTERM every credential stays: the pods live on."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        await stage.killed(node)
+        assert len(stage.vault.live_leases()) == 1
+        assert stage.vault.count("auth/token/revoke-self") == 0
+
+
+# With a state directory -------------------------------------------------------------------------------------------
+
+
+@simulated
+async def test_pods_that_died_while_the_daemon_was_away() -> None:
+    """Sessions of an earlier process whose pods are gone are swept by the next one, and their files removed."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True), stage.pod("a")
+        await node.mount(pod, *credential())
+        await stage.killed(node)
+        stage.remove(pod)
+        stage.node(kept=True)
+        await asyncio.sleep(3 * SWEEP)
+        assert not stage.vault.live_tokens()
+        assert not list(stage.state.glob("*.session*"))
+
+
+@simulated
+async def test_only_one_of_two_daemons_sweeps() -> None:
+    """Of two daemons on one state directory the first to hold its lock sweeps, until it ends; then the other."""
+    async with Stage() as stage:
+        old, pod = stage.node(kept=True), stage.pod("a")
+        await old.mount(pod, *credential())
+        await asyncio.sleep(SWEEP)
+        new = stage.node(kept=True)
+        await new.mount(pod, *credential())
+        assert old.sessions.may_sweep()
+        assert not new.sessions.may_sweep()
+        await stage.killed(old)
+        assert new.sessions.may_sweep()
+
+
+@simulated
+async def test_nothing_is_swept_before_the_state_is_known() -> None:
+    """Until the HMAC key is there, and so the sessions of an earlier process, nothing is swept."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True, key=Key(None)), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        await asyncio.sleep(5 * SWEEP)
+        assert stage.cluster.listed == 0
