@@ -269,6 +269,8 @@ class Sessions:
         self._state = state
         if restored:
             _log.info("took up the sessions of an earlier process", extra={"sessions": restored})
+            # Some may be due at once: their renewals waited for this process to be there.
+            self._hurried.set()
 
 
 def identity_of(spec: MountSpec) -> Identity:
