@@ -47,6 +47,27 @@ def test_default_point_is_two_thirds() -> None:
     assert Lifetime.start(0, HOUR, renewable=True, percent=67, luck=1.0).renew_at == pytest.approx(2412 * 0.9)
 
 
+@given(ttls, percents, lucks, st.floats(0, 1000))
+def test_notice_brings_a_renewal_forward(ttl: float, percent: float, luck: float, notice: float) -> None:
+    """What must be known so long before the end is asked for by then, but not before a third has passed."""
+    due = Lifetime.start(0, ttl, renewable=True, percent=percent, luck=0, notice=notice).renew_at
+    plain = ttl * percent / 100
+    assert due <= plain + 1e-6
+    assert due >= min(plain, ttl / 3) - 1e-6
+    if ttl - notice > ttl / 3:
+        assert due <= ttl - notice + 1e-6
+    jittered = Lifetime.start(0, ttl, renewable=True, percent=percent, luck=luck, notice=notice).renew_at
+    assert due * (1 - JITTER) - 1e-6 <= jittered <= due + 1e-6
+
+
+def test_notice_holds_for_the_next_renewal_too() -> None:
+    """After a renewal the notice counts from the new expiry: with 5 minutes and notice of 150 s, after 150 s."""
+    renewed = Lifetime.start(0, 300, renewable=True, percent=67, luck=0, notice=150)
+    assert renewed.renew_at == pytest.approx(150)
+    renewed.renewed(150, 300, percent=67, luck=0, notice=150)
+    assert renewed.renew_at == pytest.approx(300)
+
+
 @given(st.lists(lucks, min_size=20, max_size=20, unique=True))
 def test_jitter_spreads_equal_lives(draws: list[float]) -> None:
     """Leases that were given together are not all renewed at one time."""

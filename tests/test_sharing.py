@@ -1,4 +1,4 @@
-"""Reads that pods share while they are in flight: only where Vault cannot tell the pods apart (docs/contract.md section 3)."""
+"""Reads that pods share while in flight: only where Vault cannot tell the pods apart (docs/contract.md section 3)."""
 
 from __future__ import annotations
 

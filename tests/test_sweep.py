@@ -8,7 +8,7 @@ import pytest
 
 from provider.errors import KubernetesDenied, KubernetesUnavailable
 from provider.spc import Pod
-from tests.stand.simnode import OWN_POD, STATIC, Key, Stage, credential
+from tests.stand.simnode import NODE_NAME, OWN_POD, STATIC, Key, Stage, credential
 from tests.stand.simtime import simulated
 from tests.stand.simvault import Role
 
@@ -165,7 +165,7 @@ def test_listing_that_proves_nothing(fault: str, caplog: pytest.LogCaptureFixtur
     @simulated
     async def scene() -> None:
         async with Stage() as stage:
-            node = stage.node(**({"node_name": "node-2"} if fault == "wrong node" else {}))
+            node = stage.node(node_name="node-2" if fault == "wrong node" else NODE_NAME)
             pod = stage.pod("a")
             await node.mount(pod, *credential())
             stage.remove(pod)
@@ -242,7 +242,7 @@ def test_where_pods_cannot_be_listed(why: str, caplog: pytest.LogCaptureFixture)
     async def scene() -> None:
         async with Stage() as stage:
             stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
-            node = stage.node(**({"node_name": ""} if why == "no node name" else {}))
+            node = stage.node(node_name="" if why == "no node name" else NODE_NAME)
             gone, alive = stage.pod("a"), stage.pod("b")
             await node.mount(gone, *credential())
             await node.remount(5 * HOUR, alive, *credential())
