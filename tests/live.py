@@ -124,13 +124,19 @@ class Cluster:
 
 
 class Daemon:
-    """The provider as a process on its socket; `kill` and `start` again make it a restart. A context manager."""
+    """The provider as a process on its socket; `kill` and `start` again make it a restart. A context manager.
 
-    def __init__(self, cluster: Cluster, *flags: str, socket: Path | None = None, key_file: bool = True) -> None:
+    `socket` is another daemon's to take over. Without `key_file` the HMAC key is the Secret's. `environ` is set.
+    """
+
+    def __init__(
+        self, cluster: Cluster, *flags: str, socket: Path | None = None, key_file: bool = True, **environ: str
+    ) -> None:
         cluster.daemons += 1
         self._name = f"daemon-{cluster.daemons}"
         self._cluster = cluster
         self._starts = 0
+        self._env = clean_environment() | environ
         self.socket = socket or cluster.directory / f"{self._name}.sock"
         self._argv = [
             sys.executable,
@@ -155,7 +161,7 @@ class Daemon:
         """Start, and return when mounts are served."""
         self._starts += 1
         log = self._cluster.directory / f"{self._name}-{self._starts}.log"
-        self.process = Process(self._argv, log=log, cwd=ROOT, env=clean_environment())
+        self.process = Process(self._argv, log=log, cwd=ROOT, env=self._env)
         eventually(
             lambda: self.said("mounts are served") or not self.process.running, f"{log} says that mounts are served"
         )
