@@ -123,7 +123,7 @@ class Faulty:
         """Every request so far, in order."""
         self.most_connections = 0
         """The most connections that were open at one time."""
-        self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._connections = 0
         self._scripts: dict[tuple[str, str], _Script] = {}
         self._port = free_port()
@@ -189,8 +189,12 @@ class Faulty:
         started.set()
         await self._stopping.wait()
         server.close()
-        for writer in list(self._open):
-            writer.transport.abort()
+        await asyncio.sleep(0.01)  # a connection that was just accepted gets its task
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.sleep(0)  # their transports close
 
     def _tls(self) -> ssl.SSLContext | None:
         if self.certificate is None:
@@ -204,17 +208,19 @@ class Faulty:
         return context
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         self._connections += 1
         number = self._connections
-        self._open.add(writer)
-        self.most_connections = max(self.most_connections, len(self._open))
+        self.most_connections = max(self.most_connections, len(self._serving))
         try:
             # The client may go away at any point, that is its right; and the server may stop.
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 while await self._exchange(reader, writer, number):
                     pass
         finally:
-            self._open.discard(writer)
+            self._serving.discard(task)
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> bool:
