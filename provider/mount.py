@@ -149,11 +149,15 @@ class Mounter:
         alike: dict[str, tuple[list[ObjectSpec], ProviderError]] = {}
         for wanted, error in failures:
             alike.setdefault(str(error), ([], error))[0].append(wanted)
+        until = min(deadline - EXPLAIN_SECONDS / 2, _loop_time() + EXPLAIN_SECONDS)
+        refused = [found for found in alike.values() if isinstance(found[1], AccessDenied | SecretNotFound)]
+        advised = await asyncio.gather(
+            *(self._advice(error, objects[0].request, spec, until) for objects, error in refused[:MAX_EXPLAINED])
+        )
+        better = {id(error): advice for (_, error), advice in zip(refused, advised, strict=False)}
         sentences = []
-        for number, (objects, error) in enumerate(alike.values()):
-            advice = error.advice
-            if isinstance(error, AccessDenied | SecretNotFound) and number < MAX_EXPLAINED:
-                advice = await self._advice(error, objects[0].request, spec, deadline) or advice
+        for objects, error in alike.values():
+            advice = better.get(id(error), error.advice)
             about = _named(objects)
             # All of several objects need no names, nor does a login; what comes of rendering has its object's already.
             if len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied) or error.what.startswith(about):
@@ -162,9 +166,9 @@ class Mounter:
             sentences.append(type(error)(what, fit(one_line(advice, MAX_ADVICE), MAX_ADVICE_BYTES)))
         return MountFailed(sentences)
 
-    async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, deadline: float) -> str:
+    async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, until: float) -> str:
         """What to do about a 403 or 404, knowing the secrets engine (docs/contract.md section 3)."""
-        engine = await self._sessions.engine_of(spec, request.path, min(deadline, _loop_time() + EXPLAIN_SECONDS))
+        engine = await self._sessions.engine_of(spec, request.path, until)
         if engine is not None and (engine.kind, engine.version) == ("kv", "2"):
             rest = request.path.removeprefix(engine.path)
             if rest.split("/", 1)[0] not in KV2_PREFIXES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import statistics
 from collections import deque
@@ -41,7 +42,11 @@ class Identity:
     @property
     def key(self) -> str:
         """A name for files and logs: 32 hexadecimal digits that tell nothing of what they were made of."""
-        text = "\x00".join((repr(self.server), self.server.tls.client_key, repr(self.login), self.pod_uid))
+        server, tls, login = self.server, self.server.tls, self.login
+        # Field by field, so that a later version that adds one finds the files of this one.
+        where = [server.address, server.namespace, tls.ca_cert, tls.ca_directory, tls.server_name, tls.client_cert]
+        who = [tls.client_key, tls.skip_verify, login.mount, login.role, login.audience, self.pod_uid]
+        text = json.dumps(where + who)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -58,6 +63,13 @@ class Read:
     fresh: bool = False
     renew_percent: float = 67.0
     refresh_after: float = 0.0
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.request, self.fresh)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(slots=True)

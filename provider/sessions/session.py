@@ -166,23 +166,34 @@ class Session:
                 self.dirty = True
 
     async def _all(self, reads: Sequence[Read], mount: _Mount) -> Answers:
-        async def one(read: Read) -> VaultSecret | ProviderError:
-            try:
-                return await self._one(read, mount)
-            except ProviderError as error:
-                return error
+        answers: Answers = {}
+        asked: dict[Read, asyncio.Task[VaultSecret]] = {}
+        for read in reads:
+            found = self._at_hand(read, mount)
+            if found is not None:
+                answers[read] = found
+            else:
+                asked[read] = self._ask(read, mount)
+        if asked:
+            # It leaves the tasks alone when the caller goes away.
+            await asyncio.wait(asked.values())
+        for read, task in asked.items():
+            error = task.exception()
+            if error is not None and not isinstance(error, ProviderError):
+                raise error
+            answers[read] = task.result() if error is None else error
+        return answers
 
-        return dict(zip(reads, await asyncio.gather(*map(one, reads)), strict=True))
+    def _at_hand(self, read: Read, mount: _Mount) -> VaultSecret | None:
+        """The answer without asking Vault, where there is one."""
+        return None if read.fresh else self._wanted(read.request, mount) or self._remembered(read, mount)
 
-    async def _one(self, read: Read, mount: _Mount) -> VaultSecret:
+    def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
+        """The task that brings the answer, begun here or under way."""
         if read.fresh:
-            return await self._join((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
-        found = self._wanted(read.request, mount) or self._remembered(read, mount)
-        if found is not None:
-            return found
-        if read.request in self._static and self._tokens and self._tokens[-1].usable(self._clock.now()):
-            return await self._join(read.request, lambda: self._obtain(read, mount), issues=False)
-        return await self._join(read.request, lambda: self._obtain(read, mount))
+            return self._task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
+        known = read.request in self._static and self._tokens and self._tokens[-1].usable(self._clock.now())
+        return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
 
     def _wanted(self, request: SecretRequest, mount: _Mount) -> VaultSecret | None:
         """What is kept for ``request``, unless this mount must bring a fresh one."""
@@ -508,16 +519,19 @@ class Session:
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
-    async def _join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, issues: bool = True) -> _T:
-        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away.
+    async def _join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away."""
+        return await asyncio.shield(self._task(key, start))
+
+    def _task(
+        self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, issues: bool = True
+    ) -> asyncio.Task[_T]:
+        """The task for ``key``, started here unless it is under way.
 
         ``issues`` says that it may issue something, and so must hold the session's file.
         """
-        task = self._under_way.get(key)
-        if task is None:
-            task = self._start(key, self._holding(start) if issues else start())
-        result: _T = await asyncio.shield(task)
-        return result
+        task: asyncio.Task[_T] | None = self._under_way.get(key)
+        return task or self._start(key, self._holding(start) if issues else start())
 
     def _start(self, key: object, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = self._under_way[key] = asyncio.create_task(_bounded(work))

@@ -7,10 +7,11 @@ that is known to be ``kv``: nothing else answers all tokens of one principal ali
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, Final
 
 from provider.clock import Clock
-from provider.errors import ProviderError, VaultUnavailable
+from provider.errors import VaultUnavailable
 from provider.redact import Sensitive
 from provider.spc import SecretRequest, VaultServer
 from provider.vault import Auth, EngineMount, Vault, VaultSecret
@@ -33,7 +34,8 @@ class SharedReads:
         self._enabled = enabled
         self._engines: dict[VaultServer, dict[str, tuple[EngineMount, float]]] = {}
         self._untold: dict[tuple[VaultServer, str], float] = {}
-        self._under_way: dict[object, asyncio.Task[Any]] = {}
+        self._reads: dict[object, asyncio.Future[VaultSecret | None]] = {}
+        self._asking: dict[tuple[VaultServer, str], asyncio.Task[None]] = {}
 
     async def read(self, vault: Vault, request: SecretRequest, auth: Auth, deadline: float) -> VaultSecret:
         """The answer to ``request``: one in flight where it may be shared, else one of our own.
@@ -50,15 +52,22 @@ class SharedReads:
         if engine.kind != "kv":
             return await vault.read(request, auth.token, deadline)
         key = (vault.server, auth.entity_id, auth.policies, request)
-        task = self._under_way.get(key)
-        if task is None:
-            return await asyncio.shield(self._start(key, vault.read(request, auth.token, deadline)))
+        leader = self._reads.get(key)
+        if leader is None:
+            return await self._lead(key, vault.read(request, auth.token, deadline))
+        # None where it failed: that was under another pod's token, and within another mount's time.
+        return await asyncio.shield(leader) or await vault.read(request, auth.token, deadline)
+
+    async def _lead(self, key: object, reading: Coroutine[Any, Any, VaultSecret]) -> VaultSecret:
+        """Read, and let whoever asks for the same meanwhile have the answer too."""
+        future = self._reads[key] = asyncio.get_running_loop().create_future()
+        secret = None
         try:
-            shared: VaultSecret = await asyncio.shield(task)
-        except ProviderError:
-            # It failed under another pod's token, and within another mount's time.
-            return await vault.read(request, auth.token, deadline)
-        return shared
+            secret = await reading
+        finally:
+            del self._reads[key]
+            future.set_result(secret)
+        return secret
 
     async def engine(self, vault: Vault, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
         """The engine that serves ``path``, asking Vault where it is not known; None where Vault does not tell."""
@@ -75,7 +84,7 @@ class SharedReads:
 
     async def close(self) -> None:
         """End what is under way."""
-        tasks = list(self._under_way.values())
+        tasks = list(self._asking.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -89,9 +98,10 @@ class SharedReads:
     def _learn(self, vault: Vault, path: str, token: Sensitive[str]) -> None:
         """Ask for the engine of ``path`` in the background, once for all who read below the same first element."""
         key = (vault.server, path.split("/", 1)[0])
-        if path.startswith(_NEVER) or key in self._under_way or self._clock.now() < self._untold.get(key, 0.0):
+        if path.startswith(_NEVER) or key in self._asking or self._clock.now() < self._untold.get(key, 0.0):
             return
-        self._start(key, self._ask(vault, path, token, key))
+        task = self._asking[key] = asyncio.create_task(self._ask(vault, path, token, key))
+        task.add_done_callback(lambda _: self._asking.pop(key))
 
     async def _ask(self, vault: Vault, path: str, token: Sensitive[str], key: tuple[VaultServer, str]) -> None:
         deadline = asyncio.get_running_loop().time() + ASK_SECONDS
@@ -103,13 +113,3 @@ class SharedReads:
             pass
         if engine is None:
             self._untold[key] = self._clock.now() + UNTOLD_FOR_SECONDS
-
-    def _start(self, key: object, work: Any) -> asyncio.Task[Any]:
-        task = self._under_way[key] = asyncio.create_task(work)
-        task.add_done_callback(lambda done: self._done(key, done))
-        return task
-
-    def _done(self, key: object, task: asyncio.Task[Any]) -> None:
-        del self._under_way[key]
-        if not task.cancelled():
-            task.exception()  # seen by whoever waited, if anybody still did

@@ -148,7 +148,7 @@ def _later(own: Lifetime, other: Lifetime) -> None:
 
 def _fields(record: Any) -> dict[str, Any]:
     """A dataclass's own fields. Not ``asdict``, which copies all that is below, the responses too."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.init}
 
 
 def _finite(life: Lifetime) -> dict[str, Any]:

@@ -33,6 +33,14 @@ class VaultServer:
     address: str
     namespace: str
     tls: TlsSettings
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up at each read.
+        object.__setattr__(self, "_hash", hash((self.address, self.namespace, self.tls)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 f"Vault at {where} redirects ({answer.status}) to {target}, where the token is not sent",
                 "set vaultAddress to the active node or to a load balancer that finds it",
             )
-        if answer.body is None and answer.status != 404:
+        if answer.body is None:
             return self._not_vault(answer)
         body = answer.body or {}
         data = body.get("data")

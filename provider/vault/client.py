@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
+from weakref import WeakValueDictionary
 
 from hvac.api.auth_methods import Kubernetes, Token
 from hvac.api.system_backend.lease import Lease
@@ -230,24 +231,30 @@ class Vault:
 
 
 class VaultServers:
-    """The Vaults in use: one client for each *where*, the least recently used let go past MAX_POOLS."""
+    """The Vaults in use: one client for each *where*.
+
+    Past MAX_POOLS the least recently used lets its connections go; while anybody holds it, it is the one that ``get``
+    gives, and opens new ones when it is asked again.
+    """
 
     def __init__(self, *, clock: Clock, proxy: str = "", max_connections: int = MAX_CONNECTIONS) -> None:
         self._clock = clock
         self._proxy = proxy
         self._max_connections = max_connections
-        self._open: OrderedDict[VaultServer, Vault] = OrderedDict()
+        self._recent: OrderedDict[VaultServer, Vault] = OrderedDict()
+        self._held: WeakValueDictionary[VaultServer, Vault] = WeakValueDictionary()
         self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, server: VaultServer) -> Vault:
         """The client for ``server``; its connections open at first use, and again after they were let go."""
-        vault = self._open.get(server)
+        vault = self._held.get(server)
         if vault is None:
             transport = Transport(server, clock=self._clock, proxy=self._proxy, max_connections=self._max_connections)
-            vault = self._open[server] = Vault(transport)
-        self._open.move_to_end(server)
-        if len(self._open) > MAX_POOLS:
-            _, idle = self._open.popitem(last=False)
+            vault = self._held[server] = Vault(transport)
+        self._recent[server] = vault
+        self._recent.move_to_end(server)
+        if len(self._recent) > MAX_POOLS:
+            _, idle = self._recent.popitem(last=False)
             closing = asyncio.get_running_loop().create_task(idle.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
@@ -255,8 +262,8 @@ class VaultServers:
 
     async def close(self) -> None:
         """Close every connection."""
-        await asyncio.gather(*self._closing, *(vault.close() for vault in self._open.values()))
-        self._open.clear()
+        await asyncio.gather(*self._closing, *(vault.close() for vault in self._held.values()))
+        self._recent.clear()
 
 
 def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
