@@ -1,0 +1,83 @@
+"""What the provider must reach, and whether a run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from tests.bench.results import Results
+
+_MS: Final = 1000
+SLACK_SECONDS: Final = 0.010
+"""What a mount of 10 objects may take beyond its floor."""
+AWAY: Final = 0.005
+"""The round-trip time, in seconds, that targets are set for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: `limit` and `measured` are of one unit, and less is better."""
+
+    name: str
+    limit: float
+    measured: float
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        """Whether it was reached."""
+        return self.measured <= self.limit
+
+
+def targets(results: Results) -> list[Target]:
+    """All promises, held against a run's medians (for wake-ups and shares: against what was counted)."""
+    floor, ten = results.floor(AWAY), results.single(10, AWAY)
+    boot, replicas, full = results.boot, results.replicas, results.full_node
+    of_200, of_50 = (next(one for one in results.large if one.name == f"{count} objects") for count in (200, 50))
+    big, small = (next(one for one in results.large if one.name.endswith(f" {size} MiB")) for size in ("3.9", "1"))
+    return [
+        Target(
+            "cold mount of 10 objects, beyond one login and one read",
+            SLACK_SECONDS * _MS,
+            (ten.cold.median - floor.login.median - floor.read.median) * _MS,
+            "ms",
+        ),
+        Target(
+            "warm mount of 10 objects, beyond one read",
+            SLACK_SECONDS * _MS,
+            (ten.warm.median - floor.read.median) * _MS,
+            "ms",
+        ),
+        Target("node boot: CPU", 0.5, boot.cpu.median, "s"),
+        Target("node boot: time until all pods are mounted", 0.85, boot.wall.median, "s"),
+        Target("node boot: peak memory", 90, boot.peak.median, "MiB"),
+        Target("memory idle, before any mount", 75, boot.idle.median, "MiB"),
+        Target("from start to listening", 0.4, results.start_up.median, "s"),
+        Target(
+            "110 replicas: part of the reads that go out", 100 / 3, 100 * replicas.reads.median / replicas.wanted, "%"
+        ),
+        *(Target(f"re-mount of {one.name}: CPU", 1.0, one.cpu.median * _MS, "ms") for one in results.from_memory),
+        Target(f"{full.pods} pods re-mounting: part of one core", 5, full.core * 100, "%"),
+        Target("memory gained over an hour of re-mounts, after its first quarter", 2, growth(full.memory), "MiB"),
+        Target("idle: wake-ups of the event loop a second", 1, results.idle.loop_wakeups, ""),
+        Target("200 objects, in times of 50 objects", 6, of_200.took.median / of_50.took.median, "x"),
+        Target("3.9 MiB, in times of 1 MiB", 6, big.took.median / small.took.median, "x"),
+        Target(
+            "a small mount beside 3.9 MiB, at worst, beyond one alone",
+            50,
+            (big.beside.median - results.small_alone.median) * _MS,
+            "ms",
+        ),
+        Target(
+            "a small mount beside 200 objects, at worst, beyond one alone",
+            50,
+            (of_200.beside.median - results.small_alone.median) * _MS,
+            "ms",
+        ),
+        Target("connections to Vault at most", 64, boot.connections, ""),
+    ]
+
+
+def growth(memory: tuple[float, ...]) -> float:
+    """MiB between the end of the first quarter and the end: what a leak would show."""
+    return max(0.0, memory[-1] - memory[len(memory) // 4])
