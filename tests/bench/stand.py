@@ -114,7 +114,7 @@ class BenchStand:
             {"objectName": name, "secretPath": f"bench/data/{path}", "secretKey": "value"}
             for name, path in zip(files, paths, strict=True)
         ]
-        return Lane(self._request(pod, "app", objects, parameters), files)
+        return Lane(self.request(pod, "app", objects, parameters), files)
 
     def dynamic(self, pod: Pod, role: str = "app", **fields: str) -> Lane:
         """The lane of a volume with both halves of a database credential; `fields` are for both objects."""
@@ -122,11 +122,12 @@ class BenchStand:
         objects = [
             {"objectName": key, "secretPath": path, "secretKey": key, **fields} for key in ("username", "password")
         ]
-        return Lane(self._request(pod, role, objects, {}), None)
+        return Lane(self.request(pod, role, objects, {}), None)
 
-    def _request(
+    def request(
         self, pod: Pod, role: str, objects: Sequence[Mapping[str, str]], parameters: Mapping[str, str]
     ) -> bytes:
+        """The driver's request for a class with these objects."""
         # JSON is YAML; a class of a person's hand takes about as long to read.
         written = "\n".join(f"- {json.dumps(entry)}" for entry in objects)
         target = f"/var/lib/kubelet/pods/{pod.uid}/volumes/kubernetes.io~csi/bench/mount"

@@ -161,7 +161,7 @@ class RequestCounter:
 
     def _read_head(self, head: str) -> None:
         first, *lines = head.split("\r\n")
-        method, target, version = first.split(" ")
+        method, target, version = first.split(" ") if first.count(" ") == 2 else ("", "", "no request line")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         if version != "HTTP/1.1" or "transfer-encoding" in fields:
             raise ValueError(f"a request that this proxy cannot count: {version}")
