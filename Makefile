@@ -3,6 +3,7 @@
 #
 #   make demo    a story: a pod's secrets mounted, used, rotated
 #   make test    everything that has to hold before a change lands
+#   make bench   measure it, and write docs/benchmarks.md; QUICK=1 in a minute or two, docs/ left as it is
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
 #   make check   the linters and the type checker alone
 #   make stubs   generate provider/v1alpha1 from protos
@@ -20,7 +21,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 T ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit check coverage stubs lock upgrade clean
+.PHONY: help demo test bench unit check coverage stubs lock upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,10 @@ help:
 
 demo: $(READY)
 	@$(BIN)/python -m tests.demo
+
+# On a quiet machine: what else runs is in every number.
+bench: $(READY)
+	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
 
 # Stops at the first part that fails; the parts are ordered by how fast they tell.
 test: check coverage
