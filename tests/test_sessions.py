@@ -6,7 +6,9 @@ The Vault is simulated (tests/stand/simvault.py); mounter, sessions and HTTP are
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import logging
 import random
 
 import pytest
@@ -54,8 +56,10 @@ async def test_remount_gets_the_kept_response() -> None:
     async with Stage() as stage:
         node, pod = stage.node(), stage.pod("a")
         first = await node.mount(pod, *credential(), STATIC)
+        versions = node.versions[pod.uid, "/volume"]
         await node.remount(HOUR, pod, *credential(), STATIC)
         assert all(files == first for _, files in node.written[pod.uid, "/volume"])
+        assert node.versions[pod.uid, "/volume"] == versions
         assert (stage.vault.logins, stage.vault.issued) == (1, 1)
 
 
@@ -396,6 +400,20 @@ async def test_renewed_without_any_remount() -> None:
 
 
 @simulated
+async def test_renewal_point_of_the_daemon() -> None:
+    """``--renew-percent`` 30 renews token and lease after 27 to 30 % of their hour, again and again."""
+    async with Stage() as stage:
+        node, pod = stage.node(renew_percent=30), stage.pod("a")
+        await node.mount(pod, *credential())
+        await asyncio.sleep(0.26 * HOUR)
+        assert stage.vault.count("sys/leases/renew") == 0
+        await asyncio.sleep(0.05 * HOUR)
+        assert stage.vault.count("sys/leases/renew") == stage.vault.count("auth/token/renew-self") == 1
+        await asyncio.sleep(2.7 * HOUR)
+        assert stage.vault.count("sys/leases/renew") == pytest.approx(10, abs=1)
+
+
+@simulated
 async def test_tokens_are_renewed_before_leases() -> None:
     """When both are due, the token's renewal goes out and is answered first: a lease lives no longer than it."""
     async with Stage() as stage:
@@ -482,6 +500,19 @@ async def test_lease_that_vault_revoked_is_replaced() -> None:
         await asyncio.sleep(42 * MINUTE)
         assert await node.mount(pod, *credential()) != first
         assert stage.vault.logins == 1
+
+
+@simulated
+async def test_credential_that_is_gone_is_not_handed_out() -> None:
+    """A lease that its renewal found gone is dead, whatever its TTL said: with Vault away the mount rather fails."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential())
+        stage.vault.leases.clear()
+        await asyncio.sleep(42 * MINUTE)
+        await stage.vault.stop()
+        with pytest.raises(MountFailed):
+            await node.mount(pod, *credential())
 
 
 @simulated
@@ -947,6 +978,38 @@ async def test_tokens_without_end() -> None:
         await asyncio.sleep(3 * HOUR)
         assert await node.mount(pod, STATIC) == {"static": "pass-1"}
         assert (stage.vault.logins, stage.vault.count("auth/token/renew-self")) == (1, 0)
+
+
+@simulated
+async def test_logs_hold_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    """In a day of everything that goes wrong no token, JWT, password or key is in any line of the log, at any level."""
+    caplog.set_level(logging.DEBUG)
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(ttl=HOUR, max_ttl=2 * HOUR)
+        node, pod = stage.node(kept=True), stage.pod("a")
+        wish = (*credential(), STATIC, CERTIFICATE, PRIVATE_KEY)
+        await node.remount(5 * HOUR, pod, *wish)
+        stage.vault.refuses_renewal = True
+        await node.remount(HOUR, pod, *wish)
+        stage.vault.lose_storage()
+        await node.mount(pod, *wish)
+        for status in (400, 403, 404, 500):
+            stage.vault.breaks("", status)
+            with contextlib.suppress(MountFailed):
+                await node.mount(pod, *wish)
+            await asyncio.sleep(HOUR)
+        stage.vault.mend()
+        await node.mount(pod, *wish)
+        await stage.vault.stop()
+        stage.remove(pod)
+        await asyncio.sleep(HOUR / 2)
+        canaries = {
+            value for _, files in node.written[pod.uid, "/volume"] for name, value in files.items() if name != "user"
+        }
+        canaries |= {token.id for token in stage.vault.all_tokens} | {f"shop/{pod.uid}"}
+        told = "".join(f"{record.getMessage()} {record.__dict__} {record.exc_text}" for record in caplog.records)
+        assert "revocation failed" in told
+        assert [canary for canary in canaries if canary in told] == []
 
 
 # No room --------------------------------------------------------------------------------------------------------

@@ -119,6 +119,7 @@ class Node:
         self.clock = clock
         self.files: dict[tuple[str, str], Files] = {}
         self.written: dict[tuple[str, str], list[tuple[float, Files]]] = {}
+        self.versions: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
         self._stage = stage
         self._servers = VaultServers(clock=clock)
         self.sessions = Sessions(self._servers, settings, clock=clock, key=key.get)
@@ -142,6 +143,7 @@ class Node:
         result = await self._mounter.mount(spec)
         files = {file.path: file.contents.decode() for file in result.files}
         self.files[pod.uid, volume] = files
+        self.versions[pod.uid, volume] = result.versions
         self.written.setdefault((pod.uid, volume), []).append((self._stage.world.now(), files))
         return files
 
