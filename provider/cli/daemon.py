@@ -53,13 +53,15 @@ def main(arguments: Sequence[str] | None = None, build: Build | None = None) -> 
         sys.stdout.write(command.text)
         return 0
     settings = command.settings
-    # Until the loop listens for signals: as process 1 of a container it would otherwise not be told of any.
+    # A signal may come while the parts are imported. It is only noted: an exception raised by a handler is lost where
+    # it hits a finalizer, and without any handler process 1 of a container is not told of signals at all.
+    told_to_stop = asyncio.Event()
     for number in _SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))
+        signal.signal(number, lambda *_: told_to_stop.set())
     style: Literal["json", "text"] = "text" if settings.log_format == "text" else "json"
     with Log(settings.log_level, style):
         try:
-            _serve(settings, build)
+            _serve(settings, build, told_to_stop)
         except ProviderError as error:
             _logger.log(_LAST_WORDS, "cannot serve: %s", error)
             return 1
@@ -77,7 +79,7 @@ def version_text(style: str) -> str:
     return f"{PROGRAM} {__version__} (Python {platform.python_version()})\n"
 
 
-def _serve(settings: Settings, build: Build | None) -> None:
+def _serve(settings: Settings, build: Build | None, told_to_stop: asyncio.Event) -> None:
     # gRPC's C core writes plain text to stderr, between the lines of JSON, unless told so before it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import uvloop
@@ -85,17 +87,16 @@ def _serve(settings: Settings, build: Build | None) -> None:
     from provider.cli import parts
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, build or parts.build))
+        runner.run(_run(settings, build or parts.build, told_to_stop))
 
 
-async def _run(settings: Settings, build: Build) -> None:
+async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) -> None:
     """Serve until a signal comes, and then until the last caller has its answer."""
     from provider.server import Server
     from provider.telemetry.health import Health
 
     loop = asyncio.get_running_loop()
     Log.watch(loop)
-    told_to_stop = asyncio.Event()
     for number in _SIGNALS:
         loop.add_signal_handler(number, told_to_stop.set)
     async with AsyncExitStack() as stack:
@@ -105,7 +106,8 @@ async def _run(settings: Settings, build: Build) -> None:
         address = split_listen_address(settings.health_addr)
         if address is not None:
             await stack.enter_async_context(Health(address, server.answers))
-        await server.start()
-        await told_to_stop.wait()
-        await server.stop()
+        if not told_to_stop.is_set():
+            await server.start()
+            await told_to_stop.wait()
+            await server.stop()
     _logger.info("stopped")

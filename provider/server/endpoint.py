@@ -106,7 +106,7 @@ class Endpoint:
         self._ours = (found.st_dev, found.st_ino)
 
     def is_ours(self) -> bool:
-        """Whether who dials now comes to this process."""
+        """Whether the socket at the path is this process's: false before it is published, and once withdrawn."""
         try:
             found = os.lstat(self.path)
         except OSError:

@@ -50,7 +50,6 @@ class Server:
         self._connection_age = connection_age
         self._grace = mount_timeout + GRACE_SECONDS
         self._grpc: grpc.aio.Server | None = None
-        self._stopping = False
 
     async def start(self) -> None:
         """Take the endpoint over, once the server answers. Raises InvalidSetting where that cannot be."""
@@ -83,7 +82,7 @@ class Server:
 
     async def answers(self) -> bool:
         """Whether a driver that dials the endpoint now is answered by this server."""
-        if self._stopping or not self._endpoint.is_ours():
+        if not self._endpoint.is_ours():
             return False
         # A connection of its own: an old one would still answer after the path was taken away.
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.default_authority", "localhost")]
@@ -93,7 +92,7 @@ class Server:
                 await call(service_pb2.VersionRequest(version="v1alpha1"), timeout=ANSWER_SECONDS)
             except grpc.aio.AioRpcError:
                 return False
-        return not self._stopping
+        return self._endpoint.is_ours()
 
     async def stop(self) -> None:
         """Leave the endpoint, and return when the last call is answered. No caller is cut off.
@@ -101,7 +100,6 @@ class Server:
         Calls go on arriving over the connections that exist, so they are served until those have aged; gRPC's own
         stop cancels a call that arrives in the same moment.
         """
-        self._stopping = True
         removed = self._endpoint.withdraw()
         _logger.info("stopping", extra={"endpoint": self._endpoint.path, "taken_over": not removed})
         if self._grpc is not None:
