@@ -551,6 +551,16 @@ async def test_too_short_for_its_volume_is_logged(caplog: pytest.LogCaptureFixtu
         assert told[-1].__dict__["seconds_left"] <= told[-1].__dict__["interval_seconds"] <= 90
 
 
+@simulated
+async def test_short_lease_is_replaced_in_time() -> None:
+    """Where a third of a TTL is shorter than the re-mount interval, its maximum is still found in time."""
+    async with Stage() as stage:
+        stage.vault.creds["database/creds/app"] = Creds(ttl=150, max_ttl=350)
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(8 * HOUR, pod, *credential())
+        assert dead_seconds(stage, node, pod) == 0.0
+
+
 # Days at kubelet's cadence ----------------------------------------------------------------------------------------
 
 # A pod's auth role and database role, and the least time, in seconds, that passes between two credentials: that a
