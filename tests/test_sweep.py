@@ -350,20 +350,26 @@ async def test_batch_token_is_tried_once() -> None:
         assert stage.vault.count("auth/token/revoke-self") == 1
 
 
-@simulated
-async def test_what_is_under_way_at_the_end_is_revoked_too() -> None:
-    """A credential whose answer comes after its pod's end was noticed is revoked with the rest."""
-    async with Stage() as stage:
-        node, pod = stage.node(), stage.pod("a")
-        with stage.vault.hold("database/"):
-            mount = asyncio.create_task(node.mount(pod, *credential()))
-            await asyncio.sleep(1)
-            mount.cancel()
-            stage.remove(pod)
-            await asyncio.sleep(3 * SWEEP)
-        await asyncio.sleep(SWEEP)
-        assert stage.vault.issued == 1
-        assert not stage.vault.live_leases()
+@pytest.mark.parametrize("path", ["auth/kubernetes/login", "database/"])
+def test_what_is_under_way_at_the_end_is_revoked_too(path: str) -> None:
+    """A token or a credential whose answer comes after its pod's end was noticed is revoked with the rest."""
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            node, pod = stage.node(), stage.pod("a")
+            with stage.vault.hold(path):
+                mount = asyncio.create_task(node.mount(pod, *credential()))
+                await asyncio.sleep(1)
+                mount.cancel()
+                stage.remove(pod)
+                await asyncio.sleep(3 * SWEEP)
+            await asyncio.sleep(SWEEP)
+            assert stage.vault.logins == 1
+            assert not stage.vault.live_tokens()
+            assert not stage.vault.live_leases()
+
+    scene()
 
 
 @simulated
