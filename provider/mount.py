@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 # not worth more of a sick Vault's time.
 MAX_EXPLAINED: Final = 3
 EXPLAIN_SECONDS: Final = 3.0
+# Warnings that are remembered as told; past it the oldest is told again when it comes up.
+MAX_WARNED: Final = 1000
 # Objects that are named where several failed alike.
 MAX_NAMED: Final = 3
 # The room of one sentence and of its remedy, in characters and as gRPC encodes them: a path may have 4 KiB, and what to
@@ -82,6 +85,7 @@ class Mounter:
         self._tokens = tokens
         self._version_key = version_key
         self._timeout = timeout
+        self._warned: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     async def mount(self, spec: MountSpec) -> MountResult:
         """The files of ``spec``, all of them, within the mount timeout.
@@ -90,8 +94,7 @@ class Mounter:
             ProviderError: none of them; MountFailed where objects failed, OutOfTime where time did.
         """
         began = time.monotonic()
-        for warning in spec.warnings:
-            _log.warning("SecretProviderClass %s: %s", spec.class_name, warning, extra={"pod": str(spec.pod)})
+        self._warn(spec)
         try:
             async with asyncio.timeout(self._timeout):
                 with self._sessions.mounting(spec):
@@ -111,6 +114,17 @@ class Mounter:
             },
         )
         return result
+
+    def _warn(self, spec: MountSpec) -> None:
+        """Log what is odd about the class, once: its volumes are mounted again every minute."""
+        for warning in spec.warnings:
+            key = (spec.pod.namespace, spec.class_name, warning)
+            if key not in self._warned:
+                _log.warning("SecretProviderClass %s: %s", spec.class_name, warning, extra={"pod": str(spec.pod)})
+            self._warned[key] = None
+            self._warned.move_to_end(key)
+        while len(self._warned) > MAX_WARNED:
+            self._warned.popitem(last=False)
 
     async def _mount(self, spec: MountSpec, deadline: float) -> MountResult:
         async def login(until: float) -> Auth:
