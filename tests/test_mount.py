@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import contextlib
 import json
 import logging
@@ -700,9 +699,9 @@ async def test_a_warning_of_a_class_is_logged_once(
     shop: EcommerceStand, node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is odd about a class is told at its first mount, and not again every minute by every replica."""
-    odd = dataclasses.replace(wanting(shop, file("k", "ecommerce/data/shared/config", "api_key")), warnings=("odd",))
+    odd = replace(wanting(shop, file("k", "ecommerce/data/shared/config", "api_key")), warnings=("odd",))
     await node.mount(odd)
     await node.mount(odd)
-    await node.mount(dataclasses.replace(odd, class_name="another"))
+    await node.mount(replace(odd, class_name="another"))
     told = [record.getMessage() for record in caplog.records if "odd" in record.getMessage()]
     assert len(told) == 2
