@@ -540,6 +540,32 @@ async def test_ending_token_brings_a_login_before_a_lease() -> None:
 
 
 @simulated
+async def test_volume_of_unknown_interval() -> None:
+    """A volume that has shown no interval gets nothing that ends within twice 210 s; one that is mounted often does."""
+    async with Stage() as stage:
+        stage.vault.creds["database/creds/app"] = Creds(ttl=HOUR, max_ttl=HOUR, renewable=False)
+        node, pod = stage.node(), stage.pod("a")
+        wish = credential(renew_percent=99)
+        await node.remount(HOUR - 400, pod, *wish, volume="/often")
+        often = await node.mount(pod, *wish, volume="/often")
+        assert stage.vault.issued == 1
+        assert await node.mount(pod, *wish, volume="/new") != often
+
+
+@simulated
+async def test_one_odd_gap_is_no_interval() -> None:
+    """A night of suspension, or a quick retry, does not pass for the interval of a volume's re-mounts."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(ttl=DAY, max_ttl=DAY)
+        stage.vault.creds["database/creds/app"] = Creds(ttl=10 * HOUR, max_ttl=10 * HOUR, renewable=False)
+        node, pod = stage.node(), stage.pod("a")
+        await node.remount(600, pod, *credential())
+        stage.world.suspend(5 * HOUR)
+        await node.mount(pod, *credential())
+        assert stage.vault.issued == 1
+
+
+@simulated
 async def test_too_short_for_its_volume_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A credential that ends before its volume is mounted again is told of, with the TTL to raise."""
     async with Stage() as stage:
@@ -884,19 +910,25 @@ async def denials(node: Node, pod: Pod, times: int, apart: float) -> None:
         await asyncio.sleep(apart)
 
 
-@simulated
-async def test_policy_denial_does_not_log_in_at_each_retry() -> None:
+@pytest.mark.parametrize("policies", [("app", "default"), ("app",)], ids=["default", "without default"])
+def test_policy_denial_does_not_log_in_at_each_retry(policies: tuple[str, ...]) -> None:
     """A first mount that policies deny does not log in again; later ones do once in five minutes, not at each."""
-    async with Stage() as stage:
-        stage.vault.policies["app"] = ()
-        node, pod = stage.node(), stage.pod("a")
-        await denials(node, pod, 1, 0)
-        assert stage.vault.logins == 1
-        await denials(node, pod, 10, 30)
-        assert stage.vault.logins == 2
-        await asyncio.sleep(5 * MINUTE)
-        await denials(node, pod, 1, 0)
-        assert stage.vault.logins == 3
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            stage.vault.roles["app"] = Role(policies=policies)
+            stage.vault.policies["app"] = ()
+            node, pod = stage.node(), stage.pod("a")
+            await denials(node, pod, 1, 0)
+            assert stage.vault.logins == 1
+            await denials(node, pod, 10, 30)
+            assert stage.vault.logins == 2
+            await asyncio.sleep(5 * MINUTE)
+            await denials(node, pod, 1, 0)
+            assert stage.vault.logins == 3
+
+    scene()
 
 
 @simulated
@@ -948,6 +980,7 @@ def test_token_of_few_uses(uses: int) -> None:
             for _ in range(4):
                 files = await node.mount(pod, STATIC, wanted("b", "secret/data/b", "password"))
                 assert files == {"static": "pass-1", "b": "of-b"}
+            assert stage.vault.under_dead_tokens == 0
             assert stage.vault.count("auth/token/renew-self") == 0
 
     scene()

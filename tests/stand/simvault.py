@@ -119,6 +119,8 @@ class SimVault:
         self.leases: dict[str, Lease] = {}
         self.all_tokens: list[Token] = []
         self.all_leases: list[Lease] = []
+        self.under_dead_tokens = 0
+        """Requests that came under a token that was over, or never was."""
         self._world = world
         self._numbers = itertools.count(1)
         self._held: dict[str, asyncio.Event] = {}
@@ -200,6 +202,7 @@ class SimVault:
             return self._login(path.split("/")[1], str(body["role"]), str(body["jwt"]), now)
         token = self.tokens.get(token_id)
         if token is None or token.ends <= now:
+            self.under_dead_tokens += 1
             return _error(403, "permission denied")
         # Asking for an engine is no use of a token: checked against OpenBao 2.7.
         if token.uses and not path.startswith("sys/internal/ui/mounts/"):
