@@ -72,6 +72,7 @@ async def test_one_absence_proves_nothing() -> None:
         await node.sweeper.sweep()
         stage.cluster.unseen.add(pod.uid)
         await node.sweeper.sweep()
+        await asyncio.sleep(1)
         assert stage.cluster.confirmed == []
         assert len(stage.vault.live_tokens()) == 1
 
@@ -196,6 +197,7 @@ async def test_absences_around_a_useless_listing_do_not_add_up() -> None:
         await node.sweeper.sweep()
         stage.cluster.complete = True
         await node.sweeper.sweep()
+        await asyncio.sleep(1)
         assert len(stage.vault.live_tokens()) == 1
         await node.sweeper.sweep()
         await asyncio.sleep(1)
