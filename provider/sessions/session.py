@@ -350,7 +350,10 @@ class Session:
             bound = replaced is not None and replaced.token is token and replaced.ends_with_token
             if not bound and not must_replace(token.life, None, now, mount.interval, 100):
                 return token
-        return await self._join("login", lambda: self._log_in(mount))
+        while True:
+            token = await self._join("login", lambda: self._log_in(mount))
+            if token.uses_left != 0:  # others who waited for it may have used it up
+                return token
 
     async def _log_in(self, mount: _Mount) -> HeldToken:
         auth = await mount.log_in(mount.deadline)

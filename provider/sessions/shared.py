@@ -47,7 +47,8 @@ class SharedReads:
         engine = self._known(vault.server, request.path)
         if engine is None:
             secret = await vault.read(request, auth.token, deadline)
-            self._learn(vault, request.path, auth.token)
+            if not auth.num_uses:  # it may be used up by now
+                self._learn(vault, request.path, auth.token)
             return secret
         if engine.kind != "kv":
             return await vault.read(request, auth.token, deadline)

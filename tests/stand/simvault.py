@@ -208,7 +208,7 @@ class SimVault:
         if token.uses and not path.startswith("sys/internal/ui/mounts/"):
             token.uses -= 1
             if not token.uses:
-                token.revoked = math.nextafter(now, math.inf)  # this request is still answered
+                token.revoked = now  # this request is still answered
         if not self._allowed(token, path):
             return _error(403, "1 error occurred:\n\t* permission denied\n\n")
         if path.startswith("auth/token/"):
