@@ -290,7 +290,11 @@ def until_quiet(stand: BenchStand) -> None:
 
 @dataclass(frozen=True)
 class Rotation:
-    """An hour of re-mounts of some pods, every REMOUNT_SECONDS. `cpu` is of the daemon, in seconds per mount."""
+    """An hour of re-mounts of some pods, every REMOUNT_SECONDS. `cpu` is of the daemon, in seconds per mount.
+
+    `late` is by what part of the hour the machine fell behind, 0 where the pace does not matter: what goes by time,
+    renewals and reads under `refreshAfter`, is then too little or too much for the mounts that were made.
+    """
 
     name: str
     pods: int
@@ -298,6 +302,7 @@ class Rotation:
     requests: Requests
     cpu: float
     first: Requests
+    late: float
 
 
 def rotation(
@@ -333,7 +338,8 @@ def rotation(
         requests = count(stand.proxy.passed())
     check([*first_driven, *driven])
     mounts = rounds * len(lanes)
-    return Rotation(name, len(lanes), mounts, requests, cpu / mounts, first)
+    late = max(0.0, wall(driven) / hour - 1) if hour else 0.0
+    return Rotation(name, len(lanes), mounts, requests, cpu / mounts, first, late)
 
 
 def seconds_of(duration: float, hour: float) -> str:
