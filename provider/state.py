@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,10 @@ MAGIC: Final = b"VCSP"
 FORMAT: Final = 1
 _HEAD: Final = len(MAGIC) + 1 + 8
 _NONCE: Final = 12
-# A session of a thousand objects' leases is far smaller; a larger file is not ours.
-MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+# A session of a thousand objects' leases is smaller. The directory is memory of the node: a larger one is not written.
+MAX_FILE_BYTES: Final = 4 * 1024 * 1024
+# What a daemon left that died between writing a file and renaming it; a younger one may be at it.
+LEFTOVER_SECONDS: Final = 60.0
 _NAME: Final = re.compile(r"[0-9a-f]{32}\.session")
 # Two daemons overlap for seconds; a lock is held while one of them logs in or reads a credential.
 _LOCK_POLL_SECONDS: Final = 0.02
@@ -66,11 +69,16 @@ class StateDir:
         self._holding: int | None = None
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self._path.stat()
+            found = self._path.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise StateUnusable(f"the state directory {directory} is no directory", "remove it")
             if found.st_uid != os.geteuid():
                 raise StateUnusable(f"the state directory {directory} belongs to another user", "remove it")
             if stat.S_IMODE(found.st_mode) != 0o700:
                 self._path.chmod(0o700)
+            for left in self._path.glob("*.session.*.new"):
+                if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                    left.unlink()
         except OSError as error:
             raise StateUnusable(f"cannot use the state directory {directory}: {error.strerror}") from error
 
@@ -192,6 +200,11 @@ class StateDir:
         head = MAGIC + bytes([FORMAT]) + entry.generation.to_bytes(8, "big")
         nonce = secrets.token_bytes(_NONCE)
         plain = json.dumps(entry.payload, separators=(",", ":")).encode()
+        if len(plain) > MAX_FILE_BYTES - 1024:
+            raise StateUnusable(
+                f"the session state {path.name} would have {len(plain)} bytes, more than {MAX_FILE_BYTES}",
+                "its pod's credentials are not kept across a restart: name smaller secrets",
+            )
         raw = head + nonce + self._cipher.encrypt(nonce, plain, head + path.name.encode())
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:

@@ -95,11 +95,11 @@ class Lifetime:
 
         That a life has reached its maximum is learnt from a renewal alone, and what follows from it takes a
         re-mount or two: where TTLs are that short, a renewal at two thirds would tell too late. Never before a
-        third, since a TTL below the re-mount interval cannot be helped by asking all the time.
+        third, since a TTL below the re-mount interval cannot be helped by asking all the time; nor within a second.
         """
         left = self.expires_at - now
         after = min(left * percent / 100, max(left - notice, left * EARLIEST))
-        return now + after * (1 - JITTER * luck)
+        return now + max(RETRY_MIN_SECONDS, after * (1 - JITTER * luck))
 
 
 def must_replace(life: Lifetime, carrier: Lifetime | None, now: float, interval: float, percent: float) -> bool:

@@ -31,6 +31,12 @@ SHORTEST_SLEEP_SECONDS: Final = 0.1
 # The first mounts wait for the HMAC key, under which sessions of an earlier process are sealed, for this part of
 # their time at most; when it did not come, later ones do not wait, and take up the files once it is there.
 KEY_WAIT_PART: Final = 0.4
+KEY_POLL_SECONDS: Final = 1.0
+# How often files are looked for that another daemon wrote since: in a rolling update the old one still mounts pods
+# for a while, which may not be mounted again for hours.
+LOOK_FOR_FILES_SECONDS: Final = 30.0
+# Pods that end together, a drained node's, are revoked so many at a time.
+MAX_REVOKING: Final = 16
 # A session that holds nothing any more is dropped after this much time without a mount.
 EMPTY_SESSION_SECONDS: Final = 600.0
 
@@ -50,12 +56,22 @@ class Sessions:
         self._key = key
         self._state: StateDir | None = None
         self._state_opening: asyncio.Task[None] | None = None
+        self._key_awaited_until: float | None = None
+        self._looked_for_files_at = -math.inf
         self._shared = SharedReads(clock, enabled=settings.share_reads)
-        self._around = Surroundings(clock, self._shared, settings.renew_percent, itertools.count(), lambda: self._state)
+        self._around = Surroundings(
+            clock,
+            self._shared,
+            settings.renew_percent,
+            itertools.count(),
+            lambda: self._state,
+            asyncio.Semaphore(MAX_REVOKING),
+        )
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
         self._by_pod: dict[str, list[Session]] = {}
         self._mounting: dict[Identity, int] = {}
         self._busy: set[Identity] = set()
+        self._ending: dict[Identity, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_look_at = math.inf
         self._hurried = asyncio.Event()
@@ -76,12 +92,18 @@ class Sessions:
             self._mounting[identity] -= 1
             if not self._mounting[identity]:
                 del self._mounting[identity]
+                session = self._sessions.get(identity)
+                if session is not None and session.is_blank():
+                    self._remove(session)  # who cannot log in takes no place from who can
             self._shrink()
 
     async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Answers:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
         await self._await_state(deadline)
         identity = identity_of(spec)
+        if identity in self._ending:
+            # What is let go is not to be taken up again half way.
+            await asyncio.wait([self._ending[identity]], timeout=deadline - asyncio.get_running_loop().time())
         session = self._sessions.get(identity)
         if session is None:
             vault = self._servers.get(spec.server)
@@ -113,8 +135,11 @@ class Sessions:
         while True:
             now = self._clock.now()
             next_at = min(map(self._due_at, self._sessions.values()), default=math.inf)
-            if self._settings.state_dir and self._state is None:
-                self._open_state()
+            if self._settings.state_dir:
+                if self._state is None:
+                    self._open_state()
+                elif now >= self._looked_for_files_at + LOOK_FOR_FILES_SECONDS:
+                    await self._take_up(self._state)
             wait = min(LONGEST_SLEEP_SECONDS, max(SHORTEST_SLEEP_SECONDS, next_at - now))
             self._next_look_at = now + wait
             self._hurried.clear()
@@ -130,8 +155,7 @@ class Sessions:
             idle = now - session.mounted_at
             unused = identity not in self._busy and identity not in self._mounting
             if unused and idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
-                self._remove(session)
-                self._spawn(session.remove_file())
+                self._finish(session, session.remove_file())
             elif self._due_at(session) <= now:
                 self._busy.add(identity)
                 self._spawn(self._renew(identity, session))
@@ -158,8 +182,7 @@ class Sessions:
     def end(self, uid: str) -> None:
         """The pod is gone: drop its sessions, and revoke what they held, in the background."""
         for session in self.of_pod(uid):
-            self._remove(session)
-            self._spawn(session.revoke())
+            self._finish(session, session.revoke())
 
     def may_sweep(self) -> bool:
         """Whether this process may sweep: of several on one state directory only the holder of its lock."""
@@ -203,8 +226,7 @@ class Sessions:
         for identity, session in list(self._sessions.items()):
             if surplus and identity not in self._mounting:
                 surplus -= 1
-                self._remove(session)
-                self._spawn(session.let_go())
+                self._finish(session, session.let_go())
 
     def _add(self, session: Session) -> Session:
         self._sessions[session.identity] = session
@@ -218,40 +240,57 @@ class Sessions:
         if not self._by_pod[uid]:
             del self._by_pod[uid]
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _finish(self, session: Session, work: Coroutine[Any, Any, None]) -> None:
+        """Drop the session; ``work`` ends it in the background."""
+        self._remove(session)
+        identity = session.identity
+        task = self._ending[identity] = self._spawn(work)
+        task.add_done_callback(lambda done: self._ending.get(identity) is done and self._ending.pop(identity))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     async def _await_state(self, deadline: float) -> None:
-        if self._settings.state_dir and self._state is None:
-            waited = self._state_opening is not None and self._state_opening.done()
-            opening = self._open_state()
-            if not waited:
-                left = deadline - asyncio.get_running_loop().time()
-                await asyncio.wait([opening], timeout=left * KEY_WAIT_PART)
+        """Let the first mounts wait for the HMAC key; what is sealed under it may be theirs."""
+        if not self._settings.state_dir or self._state is not None:
+            return
+        now = asyncio.get_running_loop().time()
+        if self._key_awaited_until is None:
+            self._key_awaited_until = now + (deadline - now) * KEY_WAIT_PART
+        if now < self._key_awaited_until:
+            await asyncio.wait([self._open_state()], timeout=self._key_awaited_until - now)
 
     def _open_state(self) -> asyncio.Task[None]:
         if self._state_opening is None or self._state_opening.done():
-            self._state_opening = asyncio.create_task(self._open())
-            self._tasks.add(self._state_opening)
-            self._state_opening.add_done_callback(self._tasks.discard)
+            self._state_opening = self._spawn(self._open())
         return self._state_opening
 
     async def _open(self) -> None:
-        key = await self._key()
-        if key is None:
-            return
-        try:
-            state = await asyncio.to_thread(StateDir, self._settings.state_dir, key)
-        except StateUnusable as error:
-            _log.warning("%s; sessions are kept in memory only", error)
-            return
-        restored = 0
+        """Open the state directory as soon as the key is there, and take up what is in it."""
+        while (key := await self._key()) is None:  # noqa: ASYNC110  # it comes from elsewhere, and tells nobody
+            await asyncio.sleep(KEY_POLL_SECONDS)
+        state = None
+        while state is None:
+            try:
+                state = await asyncio.to_thread(StateDir, self._settings.state_dir, key)
+            except StateUnusable as error:
+                _log.warning("%s; sessions are kept in memory only", error)
+                await asyncio.sleep(LOOK_FOR_FILES_SECONDS)
+        await self._take_up(state)
+        self._state = state
+
+    async def _take_up(self, state: StateDir) -> None:
+        """Take up the sessions whose files another process wrote and that are not known here."""
+        self._looked_for_files_at = self._clock.now()
+        known = {identity.key for identity in (*self._sessions, *self._ending)}
+        taken = 0
         for name in await asyncio.to_thread(state.keys):
-            entry = await state.load(name)
+            entry = await state.load(name) if name not in known else None
             if entry is None:
                 continue
             try:
@@ -259,16 +298,15 @@ class Sessions:
             except ValueError as error:
                 state.set_aside(name, str(error))
                 continue
-            if snapshot.identity not in self._sessions:
+            if snapshot.identity not in self._sessions and snapshot.identity not in self._ending:
                 vault = self._servers.get(snapshot.identity.server)
                 session = Session(snapshot.identity, snapshot.pod, vault, self._around)
                 session.adopt(snapshot, entry.generation)
                 self._add(session)
                 self._sessions.move_to_end(snapshot.identity, last=False)
-                restored += 1
-        self._state = state
-        if restored:
-            _log.info("took up the sessions of an earlier process", extra={"sessions": restored})
+                taken += 1
+        if taken:
+            _log.info("took up sessions of another process", extra={"sessions": taken})
             # Some may be due at once: their renewals waited for this process to be there.
             self._hurried.set()
 

@@ -39,6 +39,8 @@ POLICY_LOGIN_SECONDS: Final = 300.0
 ANSWER_SECONDS: Final = 300.0
 # One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
 RENEWAL_SECONDS: Final = 30.0
+# A token without an end, at a Vault that never answers, is not worth a task for ever.
+REVOCATION_SECONDS: Final = 86400.0
 
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
 MAX_STATIC: Final = 4 * MAX_OBJECTS
@@ -55,6 +57,7 @@ class Surroundings:
     renew_percent: float
     serials: itertools.count[int]
     state: Callable[[], StateDir | None]
+    revoking: asyncio.Semaphore
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +433,9 @@ class Session:
         except (ProviderError, TimeoutError) as error:
             life.unanswered(self._clock.now(), random.random())
             _log.warning("renewal unanswered, trying again: %s", error, extra=about)
+        except Exception:  # noqa: BLE001  # a bug must not leave it due for ever: the loop would do nothing else
+            life.unanswered(self._clock.now(), random.random())
+            _log.exception("renewal failed on a bug, trying again", extra=about)
         else:
             percent = self._around.renew_percent
             life.renewed(self._clock.now(), ttl, percent=percent, luck=self._luck, notice=self._notice())
@@ -469,6 +475,10 @@ class Session:
             and not any(kept.lives(now) for kept in self._kept.values())
         )
 
+    def is_blank(self) -> bool:
+        """Whether no login of it has ever succeeded and none is under way: it is not worth a place."""
+        return not (self._tokens or self._kept or self._volumes or self._under_way)
+
     def token_ttl(self) -> float:
         """The life that the current token was given, in seconds; 0 without a token or without an end."""
         return self._tokens[-1].life.granted if self._tokens else 0.0
@@ -476,7 +486,7 @@ class Session:
     async def revoke(self) -> None:
         """The pod is gone: revoke all its tokens, and so all that it was given; then remove its file.
 
-        What fails is tried again with backoff until the token's own expiry.
+        What fails is tried again with backoff until the token's own expiry, a day at most.
         """
         self._ended = True
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
@@ -487,9 +497,10 @@ class Session:
 
     async def _revoke_surely(self, token: HeldToken) -> None:
         wait = 1.0
-        while token.usable(self._clock.now()):
+        until = self._clock.now() + REVOCATION_SECONDS
+        while token.usable(self._clock.now()) and self._clock.now() < until:
             try:
-                async with asyncio.timeout(RENEWAL_SECONDS):
+                async with self._around.revoking, asyncio.timeout(RENEWAL_SECONDS):
                     await self._vault.revoke_token(token.auth.token, self._soon())
             except RenewalRefused as refused:
                 _log.info("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
@@ -508,10 +519,11 @@ class Session:
         """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""
         self._ended = True
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        # The file first: a re-mount that comes at once must not take up what is being revoked.
+        await self.remove_file()
         for token in self._tokens:
             if not token.bears_leases and token.usable(self._clock.now()):
                 await self._revoke_quietly(token)
-        await self.remove_file()
 
     async def close(self) -> None:
         """The process ends: nothing is revoked, and what is under way is abandoned."""
@@ -531,10 +543,12 @@ class Session:
     ) -> asyncio.Task[_T]:
         """The task for ``key``, started here unless it is under way.
 
-        ``issues`` says that it may issue something, and so must hold the session's file.
+        ``issues`` says that it may issue something, and so must hold the session's file where there is one.
         """
         task: asyncio.Task[_T] | None = self._under_way.get(key)
-        return task or self._start(key, self._holding(start) if issues else start())
+        if task is not None:
+            return task
+        return self._start(key, self._holding(start) if issues and self._around.state() is not None else start())
 
     def _start(self, key: object, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = self._under_way[key] = asyncio.create_task(_bounded(work))

@@ -84,6 +84,7 @@ class Sweeper:
             self._cannot(str(error))
             return
         except KubernetesUnavailable as error:
+            self._absent.clear()
             _log.warning("this sweep revokes nothing: %s", error)
             return
         own = (self._settings.pod_namespace, self._settings.pod_name)
