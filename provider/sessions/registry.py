@@ -101,9 +101,6 @@ class Sessions:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
         await self._await_state(deadline)
         identity = identity_of(spec)
-        if identity in self._ending:
-            # What is let go is not to be taken up again half way.
-            await asyncio.wait([self._ending[identity]], timeout=deadline - asyncio.get_running_loop().time())
         session = self._sessions.get(identity)
         if session is None:
             vault = self._servers.get(spec.server)
