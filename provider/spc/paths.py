@@ -49,15 +49,17 @@ def clashes(names: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The path (no leading slash, no ``v1/``) and the query of a ``secretPath``. Raises Refused.
+    """The path (no slash at either end, no ``v1/``) and the query of a ``secretPath``. Raises Refused.
 
     A percent sign is literal text in the path. HTTP clients fold ``.`` and ``..`` into another path, some of them
     after decoding, so such elements are refused however they are spelled (docs/contract.md section 2).
+    A slash at the end goes, as Go's clients join paths: Vault answers 500 to a read of ``secret/data/app/``, and a list
+    needs none.
     """
     if _CONTROL.search(text):
         raise Refused("holds a control character", "remove it")
     before, _, query = text.partition("?")
-    path = _fold(before).removeprefix("/").removeprefix("v1/")
+    path = _fold(before).removeprefix("/").removeprefix("v1/").rstrip("/")
     if not path:
         raise Refused("is empty", "name the API path, for example secret/data/app")
     refuse_dots(path)
