@@ -34,6 +34,8 @@ _EXAMPLE: Final = 'add "- objectName: password" and below it its secretPath'
 _MODES: Final = "write an octal number from 0000 to 0777, for example 0600"
 # Characters of a duration; reading a megabyte of digits takes seconds.
 _MAX_DURATION: Final = 64
+# A proxy on the way takes CONNECT and TRACE for itself, and a browser asks OPTIONS: none of them means a secret.
+_NO_METHODS: Final = frozenset({"CONNECT", "TRACE", "OPTIONS"})
 _ENCODINGS: Final = {
     "utf-8": Encoding.UTF8,
     "utf8": Encoding.UTF8,
@@ -205,7 +207,10 @@ def _mode_of_number(text: str) -> int:
 def _method(text: str) -> str:
     if not re.fullmatch("[A-Za-z]{1,32}", text):
         raise Refused("is not an HTTP method", "write GET, POST, PUT or another method, letters only")
-    return text.upper()
+    method = text.upper()
+    if method in _NO_METHODS:
+        raise Refused("is no method that Vault answers with a secret", "write GET, LIST, POST, PUT or leave it out")
+    return method
 
 
 def _encoding(text: str) -> Encoding:
