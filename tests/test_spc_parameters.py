@@ -208,7 +208,9 @@ def test_each_prefix_means_the_same(prefix: str) -> None:
 def test_bao_wins_over_openbao_over_vault(winner: str, loser: str, name: str) -> None:
     """Where two spellings disagree the winner is used, and a warning names both, not their values."""
     other = {"Address": "https://other:1", "SkipTLSVerify": "false"}.get(name, "other")
-    rest = {f"vault{key}": value for key, value in PARAMETERS.items() if key != name}
+    # Of a CA file and a directory the stronger spelling's is taken alone: a test below.
+    apart = {"CACertPath", "CADirectory"} if name in ("CACertPath", "CADirectory") else {name}
+    rest = {f"vault{key}": value for key, value in PARAMETERS.items() if key not in apart}
     alone = parse_class(roleName="", **rest, **{winner + name: PARAMETERS[name]})
     spec = parse_class(roleName="", **rest, **{winner + name: PARAMETERS[name], loser + name: other})
     assert dataclasses.replace(spec, warnings=()) == alone
@@ -368,8 +370,6 @@ OPERATORS_TLS = TlsSettings("/op/ca", "/op/dir", "op", "/op/cert", "/op/key", sk
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("CACertPath", "ca_cert"),
-        ("CADirectory", "ca_directory"),
         ("TLSServerName", "server_name"),
         ("TLSClientCertPath", "client_cert"),
         ("TLSClientKeyPath", "client_key"),
@@ -381,6 +381,35 @@ def test_a_tls_parameter_wins_over_the_operators(name: str, field: str) -> None:
     text = attributes(**{f"vault{name}": "/mine"}, vaultAddress="https://mine:1")
     found = parse(text, settings=Settings(tls=OPERATORS_TLS)).server.tls
     assert found == dataclasses.replace(OPERATORS_TLS, **changed)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "file", "directory"),
+    [
+        ({}, "/op/ca", "/op/dir"),
+        ({"vaultCACertPath": "/mine"}, "/mine", ""),
+        ({"vaultCADirectory": "/mine"}, "", "/mine"),
+        ({"vaultCACertPath": "/mine", "vaultCADirectory": "/mine.d"}, "/mine", "/mine.d"),
+        ({"baoCADirectory": "/bao.d", "vaultCACertPath": "/mine"}, "", "/bao.d"),
+        ({"openbaoCACertPath": "/bao", "vaultCADirectory": "/mine.d"}, "/bao", ""),
+        ({"baoCADirectory": "/bao.d", "vaultCADirectory": "/mine.d", "vaultCACertPath": "/mine"}, "", "/bao.d"),
+    ],
+)
+def test_who_names_a_ca_source_names_them_all(parameters: dict[str, str], file: str, directory: str) -> None:
+    """A class that names a CA file or a directory is verified with that alone, not with the operator's other one, and
+    so a stronger spelling over a weaker one."""
+    found = parse(attributes(**parameters), settings=Settings(tls=OPERATORS_TLS)).server.tls
+    assert found == dataclasses.replace(OPERATORS_TLS, ca_cert=file, ca_directory=directory)
+
+
+def test_a_ca_source_that_is_dropped_is_told() -> None:
+    """Within a class, the spelling whose CA source counts no more is named in a warning."""
+    assert parse_class(baoCADirectory="/d", vaultCACertPath="/f").warnings == (
+        "baoCADirectory: wins over vaultCACertPath",
+    )
+    assert parse_class(openbaoCACertPath="/f", vaultCADirectory="/d").warnings == (
+        "openbaoCACertPath: wins over vaultCADirectory",
+    )
 
 
 @pytest.mark.parametrize("text", ["1", "t", "T", "TRUE", "true", "True"])

@@ -266,16 +266,41 @@ class Parameters:
         return value, winner
 
     def _or(self, name: str, default: str) -> str:
+        return self._clean(name)[0] or default
+
+    def _clean(self, name: str) -> tuple[str, str]:
+        """As ``_folded``, with a control character noted."""
         value, spelling = self._folded(name)
         if _CONTROL.search(value):
             self._findings.fault(f"{spelling} {show(value)}", "holds a control character", "remove it")
-        return value or default
+        return value, spelling
+
+    def _cas(self, operators: TlsSettings) -> tuple[str, str]:
+        """The CA file and the CA directory, both of whoever names either.
+
+        Whoever names one says who is trusted: added to it, the file of a weaker spelling or of the operator would be
+        trusted instead, since the file wins over the directory.
+        """
+        (file, file_spelling), (directory, directory_spelling) = self._clean("CACertPath"), self._clean("CADirectory")
+        if not file and not directory:
+            return operators.ca_cert, operators.ca_directory
+        if file and directory:
+            file_rank = _SPELLINGS["CACertPath"].index(file_spelling)
+            directory_rank = _SPELLINGS["CADirectory"].index(directory_spelling)
+            if file_rank < directory_rank:
+                self._findings.warn(file_spelling, f"wins over {directory_spelling}")
+                return file, ""
+            if directory_rank < file_rank:
+                self._findings.warn(directory_spelling, f"wins over {file_spelling}")
+                return "", directory
+        return file, directory
 
     def _tls(self, operators: TlsSettings) -> TlsSettings:
         skip, spelling = self._folded("SkipTLSVerify")
+        ca_cert, ca_directory = self._cas(operators)
         tls = TlsSettings(
-            ca_cert=self._or("CACertPath", operators.ca_cert),
-            ca_directory=self._or("CADirectory", operators.ca_directory),
+            ca_cert=ca_cert,
+            ca_directory=ca_directory,
             server_name=self._or("TLSServerName", operators.server_name),
             client_cert=self._or("TLSClientCertPath", operators.client_cert),
             client_key=self._or("TLSClientKeyPath", operators.client_key),
