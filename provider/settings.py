@@ -26,7 +26,8 @@ MAX_RESPONSE_BYTES: Final = 8 * MIB
 # docs/contract.md section 1: a file's path in the volume.
 MAX_PATH_BYTES: Final = 4096
 MAX_PATH_ELEMENT_BYTES: Final = 255
-# Connections to one Vault: enough to keep a node's boot busy, few enough for a thousand nodes.
+# Connections to one Vault unless the operator says otherwise: enough to keep a node's boot busy, few enough for a
+# thousand nodes.
 MAX_CONNECTIONS: Final = 64
 # Vault servers (address, namespace, TLS) with a pool of connections at a time; classes name them, so it is bounded.
 MAX_POOLS: Final = 64
@@ -57,6 +58,7 @@ class Settings:
     vault_namespace: str = ""
     tls: TlsSettings = TlsSettings()
     vault_proxy_addr: str = ""
+    max_connections: int = MAX_CONNECTIONS
     hmac_secret_name: str = "vault-csi-provider-hmac-key"  # noqa: S105  # a name
     hmac_key_file: str = ""
     cache_size: int = 1000

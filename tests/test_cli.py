@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from provider.cli import flags, main
 from provider.durations import read_duration
 from provider.errors import InvalidSetting
 from provider.settings import Settings, TlsSettings
+from provider.spc.parameters import TOKENS
 from provider.v1alpha1 import service_pb2, service_pb2_grpc
 from tests.stand.driver import Driver
+from tests.stand.faulty import Faulty, secret, token
 from tests.stand.process import Process
 from tests.test_server import attributes
 
@@ -113,6 +116,7 @@ EVERY = Settings(
     tls=TlsSettings("/ca.pem", "/cas", "vault.internal", "/cert.pem", "/key.pem", True),
     hmac_secret_name="key-of-ours",
     hmac_key_file="/key",
+    max_connections=8,
     cache_size=0,
     kubeconfig="/kubeconfig",
     mount_timeout=90.0,
@@ -138,6 +142,7 @@ EVERY_FLAG = {
     "vault-tls-client-cert": "/cert.pem",
     "vault-tls-client-key": "/key.pem",
     "vault-tls-skip-verify": "true",
+    "max-connections": "8",
     "hmac-secret-name": "key-of-ours",
     "hmac-key-file": "/key",
     "cache-size": "0",
@@ -204,6 +209,35 @@ def test_flag_wins_over_environment_and_bao_over_vault() -> None:
     assert parsed("--vault-addr=", **both).vault_addr == "http://bao"
     assert parsed(VAULT_ADDR="http://vault", BAO_ADDR="").vault_addr == "http://vault"
     assert parsed("--vault-tls-skip-verify=false", VAULT_SKIP_VERIFY="true").tls.skip_verify is False
+
+
+CA_SOURCES = [
+    {"--openbao-tls-ca-cert": "/f0", "--openbao-tls-ca-directory": "/d0"},
+    {"--vault-tls-ca-cert": "/f1", "--vault-tls-ca-directory": "/d1"},
+    {"BAO_CACERT": "/f2", "BAO_CAPATH": "/d2"},
+    {"VAULT_CACERT": "/f3", "VAULT_CAPATH": "/d3"},
+]
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("named", [{"f"}, {"d"}, {"f", "d"}], ids=["file", "directory", "both"])
+def test_who_names_a_ca_source_names_them_all(level: int, named: set[str]) -> None:
+    """The level that names a CA file or a directory is verified with that alone, whatever weaker levels name:
+    --openbao- over --vault- over BAO_ over VAULT_."""
+    here = {name: text for name, text in CA_SOURCES[level].items() if text[1] in named}
+    given = here | {name: text for weaker in CA_SOURCES[level + 1 :] for name, text in weaker.items()}
+    arguments = [f"{name}={text}" for name, text in given.items() if name.startswith("--")]
+    environ = {name: text for name, text in given.items() if not name.startswith("--")}
+    tls = parsed(*arguments, **environ).tls
+    assert {tls.ca_cert, tls.ca_directory} == set(here.values()) | ({""} if len(named) == 1 else set())
+    assert tls.ca_cert in ("", f"/f{level}")
+
+
+def test_empty_ca_source_says_nothing() -> None:
+    """A flag or a variable that is set and empty leaves the weaker level's CA sources as they are."""
+    settings = parsed("--vault-tls-ca-cert=", BAO_CAPATH="", VAULT_CAPATH="/d")
+    assert settings.tls == TlsSettings(ca_directory="/d")
+    assert fault(VAULT_CACERT="a\n").startswith("VAULT_CACERT cannot be")
 
 
 def test_who_the_daemon_is_comes_from_the_pods_environment() -> None:
@@ -316,6 +350,9 @@ def test_any_arguments_are_taken_or_a_told_fault(arguments: list[str]) -> None:
         (["--cache-size=1.5"], "a whole number"),
         (["--cache-size=1000001"], "a whole number"),
         (["--cache-size=٣"], "a whole number"),
+        (["--max-connections=0"], "a whole number from 1 to 1024"),
+        (["--max-connections=1025"], "a whole number from 1 to 1024"),
+        (["--max-connections=many"], "a whole number from 1 to 1024"),
         (["--mount-timeout=60"], "a duration from 100ms to 110s, since kubelet gives up after 2m"),
         (["--mount-timeout=2m"], "a duration from 100ms to 110s"),
         (["--renew-percent=0"], "a number from 1 to 99"),
@@ -479,6 +516,29 @@ def test_signal_ends_the_real_daemon_with_0(tmp_path: Path, number: signal.Signa
         assert running.ended() == 0
         assert not path.exists()
         assert [event["message"] for event in running.events()][-2:] == ["stopping", "stopped"]
+
+
+def test_connections_to_vault_are_as_many_as_the_operator_allows(tmp_path: Path) -> None:
+    """Four pods' logins at once, each slow: with --max-connections=2 they go through two connections, both used."""
+    path, key = tmp_path / "vault.sock", tmp_path / "key"
+    key.write_bytes(bytes(32))
+    with Faulty() as vault, ExitStack() as stack:
+        vault.on("auth/kubernetes/login", dataclasses.replace(token("hvs.made-up"), together=2, stall=0.05))
+        vault.on("secret/data/app", secret({"password": "swordfish"}))
+        flags_ = ("--max-connections=2", f"--vault-addr={vault.address}", f"--hmac-key-file={key}", "--revoke=never")
+        running = stack.enter_context(daemon("provider.cli", path, *flags_))
+        running.told("mounts are served")
+        channel = stack.enter_context(grpc.insecure_channel(f"unix:{path}"))
+        mount = service_pb2_grpc.CSIDriverProviderStub(channel).Mount
+        by_audience = json.dumps({"vault": {"token": "made-up", "expirationTimestamp": "2100-01-01T00:00:00Z"}})
+        pods = [{"csi.storage.k8s.io/pod.uid": f"uid-{number}", TOKENS: by_audience} for number in range(4)]
+        texts = [json.dumps(json.loads(attributes("secret/data/app")) | pod) for pod in pods]
+        calls = [
+            mount.future(service_pb2.MountRequest(attributes=text, target_path="/volume", permission="420"))
+            for text in texts
+        ]
+        assert [call.result().files[0].contents for call in calls] == [b"swordfish"] * 4
+        assert vault.most_connections == 2
 
 
 def test_signal_before_the_start_is_done_is_heeded(tmp_path: Path) -> None:

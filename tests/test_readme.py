@@ -17,7 +17,6 @@ import yaml
 from provider.cli import flags
 from provider.errors import MAX_MESSAGE_BYTES, Code
 from provider.settings import (
-    MAX_CONNECTIONS,
     MAX_MOUNT_BYTES,
     MAX_OBJECTS,
     MAX_POOLS,
@@ -103,6 +102,15 @@ def test_variables_without_a_flag_are_read() -> None:
     assert {name for name in told if name not in source} == set()
     assert told & {flag.variable for flag in flags.FLAGS} == set()
     assert {"VAULT_PROXY_ADDR", "POD_NAME", "POD_NAMESPACE"} <= told
+
+
+def test_variables_that_are_told_not_to_be_read_are_not() -> None:
+    """Each variable that the README says is not read is named nowhere in the code, and Vault's token is among them."""
+    (told,) = re.findall(r"command lines are not read: (.*?)\.\n", section("Flags"), re.DOTALL)
+    variables = {name for name in names(told) if name != "BAO_"}
+    source = "\n".join(path.read_text() for path in (ROOT / "provider").rglob("*.py"))
+    assert {"VAULT_TOKEN", "VAULT_CACERT_BYTES", "VAULT_HTTP_PROXY"} <= variables
+    assert {name for name in variables if name in source} == set()
 
 
 def test_make_targets_exist() -> None:
@@ -261,7 +269,7 @@ def test_limits_are_the_codes() -> None:
         "files of a volume, all together": f"{MAX_MOUNT_BYTES // MIB} MiB",
         "one response of Vault": f"{MAX_RESPONSE_BYTES // MIB} MiB",
         "time for a mount": f"{settings.mount_timeout:g} s",
-        "connections to one Vault": str(MAX_CONNECTIONS),
+        "connections to one Vault, for each namespace and TLS setting": str(settings.max_connections),
         "Vault servers with open connections": str(MAX_POOLS),
         "sessions kept between mounts": f"{settings.cache_size:,}",
         "an error message": f"{MAX_MESSAGE_BYTES // 1024} KiB",

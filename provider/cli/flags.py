@@ -17,7 +17,7 @@ from typing import Any, Final
 from provider.durations import read_duration
 from provider.errors import InvalidSetting
 from provider.redact import one_line
-from provider.settings import Settings, TlsSettings
+from provider.settings import MAX_CONNECTIONS, Settings, TlsSettings
 from provider.telemetry import LEVELS
 
 PROGRAM: Final = "vault-csi-provider"
@@ -28,6 +28,8 @@ MAX_MOUNT_SECONDS: Final = 110.0
 MIN_MOUNT_SECONDS: Final = 0.1
 # Far above the pods that a node can hold (110 by default), so a larger number is a slip of the keyboard.
 MAX_CACHE_SIZE: Final = 1_000_000
+# A thousand nodes of this many would be a million connections; a node's boot gains nothing from more.
+MOST_CONNECTIONS: Final = 1024
 # More often, the API server would be asked for the pods of a node by each of them all the time.
 MIN_SWEEP_SECONDS: Final = 1.0
 
@@ -159,6 +161,12 @@ def _read_cache_size(text: str) -> int:
     return int(text)
 
 
+def _read_max_connections(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_CONNECTIONS:
+        raise ValueError(f"a whole number from 1 to {MOST_CONNECTIONS}")
+    return int(text)
+
+
 def _read_switch(text: str) -> bool:
     if text in ("on", "off"):
         return text == "on"
@@ -262,6 +270,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "VAULT_SKIP_VERIFY",
     ),
     Flag(
+        _VAULT, "max-connections", "NUMBER", str(MAX_CONNECTIONS),
+        "Most connections to one server, for each namespace and TLS setting, 1 to 1024.", _read_max_connections,
+    ),
+    Flag(
         _CREDENTIALS, "renew-percent", "NUMBER", "67",
         "Percent of what remains of a life after which a token or lease is renewed, or a certificate issued anew.",
         _read_percent,
@@ -341,9 +353,10 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
     value = {
         flag.name: _from_environment(flag, environ) if asked[flag.name] is None else asked[flag.name] for flag in FLAGS
     }
+    ca_cert, ca_directory = _cas(given, environ)
     tls = TlsSettings(
-        ca_cert=value["vault-tls-ca-cert"],
-        ca_directory=value["vault-tls-ca-directory"],
+        ca_cert=ca_cert,
+        ca_directory=ca_directory,
         server_name=value["vault-tls-server-name"],
         client_cert=value["vault-tls-client-cert"],
         client_key=value["vault-tls-client-key"],
@@ -361,6 +374,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         vault_proxy_addr=next((text for _, text in _variables(PROXY_VARIABLE, environ)), ""),
         hmac_secret_name=value["hmac-secret-name"],
         hmac_key_file=value["hmac-key-file"],
+        max_connections=value["max-connections"],
         cache_size=value["cache-size"],
         kubeconfig=value["kubeconfig"],
         mount_timeout=value["mount-timeout"],
@@ -427,9 +441,14 @@ def _from_flags(flag: Flag, given: Mapping[str, str]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _spelled(variable: str) -> tuple[str, str]:
+    """The spellings of an environment variable, the strongest first."""
+    return variable.replace(_ENV_PREFIX, _OTHER_ENV_PREFIX, 1), variable
+
+
 def _variables(variable: str, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """The spellings of ``variable`` that are set and not empty, the strongest first."""
-    for name in (variable.replace(_ENV_PREFIX, _OTHER_ENV_PREFIX, 1), variable):
+    for name in _spelled(variable):
         if environ.get(name):
             yield name, environ[name]
 
@@ -439,6 +458,25 @@ def _from_environment(flag: Flag, environ: Mapping[str, str]) -> Any:
         for name, text in _variables(flag.variable, environ):
             return _read(flag, name, text)
     return flag.read(flag.default)
+
+
+def _cas(given: Mapping[str, str], environ: Mapping[str, str]) -> tuple[str, str]:
+    """The CA file and the CA directory, both of the strongest level that names either.
+
+    Whoever names one says who is trusted: added to it, a weaker level's file would be trusted instead, since the file
+    wins over the directory.
+    """
+    file, directory = (flag for flag in FLAGS if flag.name in ("vault-tls-ca-cert", "vault-tls-ca-directory"))
+    levels = [
+        *((given, "--", *names) for names in zip(file.spellings, directory.spellings, strict=True)),
+        *((environ, "", *names) for names in zip(_spelled(file.variable), _spelled(directory.variable), strict=True)),
+    ]
+    for texts, dashes, of_file, of_directory in levels:
+        ca_cert = _read(file, dashes + of_file, texts.get(of_file, ""))
+        ca_directory = _read(directory, dashes + of_directory, texts.get(of_directory, ""))
+        if ca_cert or ca_directory:
+            return ca_cert or "", ca_directory or ""
+    return "", ""
 
 
 def help_text() -> str:
@@ -464,7 +502,8 @@ def help_text() -> str:
         "",
         "Flags take one dash or two, and a value after = or as the next argument; booleans only after =.",
         "--openbao-... is another spelling of each --vault-... flag, and BAO_... of each VAULT_... variable; it wins",
-        "where both are given. A SecretProviderClass wins over a flag, a flag over the environment.",
+        "where both are given. A SecretProviderClass wins over a flag, a flag over the environment; what names a CA",
+        "file or a CA directory drops both of what is weaker.",
         f"Proxies: {PROXY_VARIABLE} (for Vault alone), HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
         "POD_NAMESPACE and POD_NAME say which pod the daemon itself is: a listing without it is not believed.",
     ]

@@ -37,7 +37,7 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
     """The parts of a daemon with these settings, working while the context is open."""
     clock = SystemClock()
     async with contextlib.AsyncExitStack() as stack:
-        servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr)
+        servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr, max_connections=settings.max_connections)
         stack.push_async_callback(servers.close)
         kubernetes = Kubernetes(settings.kubeconfig)
         stack.push_async_callback(kubernetes.close)
