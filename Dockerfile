@@ -43,7 +43,7 @@ ENV PATH=/opt/vault-csi-provider/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     GRPC_VERBOSITY=NONE
-# Runs under any user. Whoever mounts the socket directory decides: daemonset/base/daemonset.yaml runs it as
-# root, since that directory belongs to root.
-USER 65532:65532
+# No USER: the driver's socket directory belongs to root, and manifests written for the Go provider's image set no
+# runAsUser, so they have to find root here. The program needs no right of root's: it runs under any user that may
+# write to that directory, and daemonset/base/daemonset.yaml drops every capability.
 ENTRYPOINT ["vault-csi-provider"]
