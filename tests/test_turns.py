@@ -144,7 +144,7 @@ async def test_cancelled_in_the_step_in_which_it_is_its_turn() -> None:
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_place_is_lost(seed: int) -> None:
     """After any mix of owners, stays and cancellations all places are free; never were more held than there are."""
-    chance = random.Random(seed)  # noqa: S311  # a reproducible mix
+    chance = random.Random(seed)  # a reproducible mix
     turns = Turns(7)
     inside = 0
 

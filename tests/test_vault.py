@@ -7,6 +7,7 @@ import gzip
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,11 +150,69 @@ class TestConnections:
         assert [seen.connection for seen in faulty.arrivals] == [1, 2]
 
     async def test_at_most_64_connections(self, vault: Vault, faulty: Faulty) -> None:
-        """200 reads at once go through 64 connections, all of which are used at one time."""
-        faulty.on("x", Answer(body={"data": {}}, together=MAX_CONNECTIONS, stall=0.01))
-        await asyncio.gather(*(read(vault) for _ in range(200)))
+        """200 reads and 20 logins at once go through 64 connections, all used at one time: 56 are for reads."""
+        faulty.on("x", Answer(body={"data": {}}, together=56, stall=0.2))
+        faulty.on("auth/kubernetes/login", replace(token("hvs.new"), together=8, stall=0.2))
+        reads = [read(vault, token=Sensitive(f"hvs.of-pod-{number}")) for number in range(200)]
+        await asyncio.gather(*reads, *(vault.login(LOGIN, Sensitive("jwt"), within()) for _ in range(20)))
         assert faulty.count("x") == 200
         assert faulty.most_connections == MAX_CONNECTIONS == 64
+
+    async def test_hung_reads_leave_room(self, vault: Vault, faulty: Faulty) -> None:
+        """Whatever one pod's reads hang on, 42 of them at most: others' reads, logins and renewals are answered."""
+        faulty.on("hangs", Answer(stall=3600))
+        faulty.on("x", secret({"a": "1"}))
+        faulty.on("auth/token/renew-self", Answer(body={"auth": {"lease_duration": 60}}))
+        hung = [asyncio.create_task(read(vault, "hangs")) for _ in range(100)]
+        await eventually(lambda: faulty.count("hangs") == 42)
+        assert (await read(vault, token=Sensitive("hvs.of-another-pod"))).response["data"] == {"a": "1"}
+        assert await vault.renew_token(TOKEN, 60, within()) == 60
+        assert faulty.count("hangs") == 42
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+        await asyncio.gather(*(read(vault) for _ in range(100)))
+
+    async def test_many_pods_that_hang_leave_renewals_alone(self, vault: Vault, faulty: Faulty) -> None:
+        """Where reads of many pods hang, renewals, revocations, look-ups and logins still find a connection."""
+        faulty.on("hangs", Answer(stall=3600))
+        faulty.on("auth/kubernetes/login", token("hvs.new"))
+        for path in (
+            "auth/token/lookup-self",
+            "auth/token/revoke-self",
+            "sys/leases/renew",
+            "sys/internal/ui/mounts/x",
+        ):
+            faulty.on(path, secret({}))
+        pods = [Sensitive(f"hvs.of-pod-{number}") for number in range(64)]
+        hung = [asyncio.create_task(read(vault, "hangs", pod)) for pod in pods for _ in range(4)]
+        await eventually(lambda: faulty.count("hangs") == 56)
+        async with asyncio.timeout(20):
+            await vault.login(LOGIN, Sensitive("jwt"), within())
+            assert await vault.token_lives(TOKEN, within())
+            await vault.renew_lease(TOKEN, "lease", 60, within())
+            await vault.engine_of("x", TOKEN, within())
+            await vault.revoke_token(TOKEN, within())
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+
+    async def test_small_mount_does_not_wait_for_a_large_one(self, vault: Vault, faulty: Faulty) -> None:
+        """A pod that reads three paths beside one that reads 200 takes its turns: it does not come after all 200."""
+        faulty.on("large", Answer(body={"data": {}}, stall=0.02))
+        faulty.on("small", Answer(body={"data": {}}, stall=0.02))
+        other = Sensitive("hvs.of-another-pod")
+        large = [read(vault, "large") for _ in range(200)]
+        await asyncio.gather(*large, *(read(vault, "small", other) for _ in range(3)))
+        order = [seen.path for seen in faulty.arrivals]
+        assert len(order) == 203
+        assert max(place for place, path in enumerate(order) if path == "/v1/small") < 60
+
+    async def test_reads_of_a_mount_go_at_once(self, vault: Vault, faulty: Faulty) -> None:
+        """42 reads under one token are all under way before the first is answered."""
+        faulty.on("x", Answer(body={"data": {}}, together=42))
+        await asyncio.gather(*(read(vault) for _ in range(42)))
+        assert faulty.count("x") == 42
 
     async def test_connections_are_kept(self, vault: Vault, faulty: Faulty) -> None:
         """Reads one after the other need one connection."""

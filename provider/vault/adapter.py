@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, Final
 
 from hvac.adapters import Adapter
@@ -49,6 +49,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
 
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
+    Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         *,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
+        owner: Hashable = None,
     ) -> None:
         # Adapter's own constructor would open a requests.Session, for which there is no use here.
         self._transport = transport
@@ -66,6 +68,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         self._deadline = deadline
         self._resend = resend
         self._hidden = (*hidden, token) if token else tuple(hidden)
+        self._owner = owner
 
     def get_login_token(self, response: Any) -> str:
         """Never asked for: each login here says ``use_token=False``."""
@@ -94,7 +97,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         for tries in range(1, MAX_TRIES + 1):
             wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
             try:
-                answer = await self._transport.send(method.upper(), url, sent, body)
+                answer = await self._transport.send(method.upper(), url, sent, body, self._owner)
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:

@@ -125,13 +125,18 @@ class Vault:
     async def read(self, request: SecretRequest, token: Sensitive[str], deadline: float) -> VaultSecret:
         """Send a class's request and return the answer.
 
+        Reads under one token are one owner's, and take turns with those of others (``Transport.send``): each session
+        has a token of its own.
+
         Raises:
             AccessDenied: 403; the token is dead, or its policies do not allow the request.
             SecretNotFound: 404.
             RequestRefused: another refusal (400, 405).
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(token, deadline, resend=False, hidden=_values(request.body))
+        adapter = VaultAdapter(
+            self._transport, token, deadline, resend=False, hidden=_values(request.body), owner=token
+        )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
         if request.query:
             url += "?" + urlencode(request.query)

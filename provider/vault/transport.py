@@ -8,7 +8,7 @@ import json
 import logging
 import ssl
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -23,11 +23,15 @@ from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES
 from provider.spc import VaultServer
 from provider.vault.tls import Fingerprint, fingerprint, make_context
+from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 
 # A server that does not accept a connection in this time is down, as far as a mount of a minute goes.
 CONNECT_SECONDS: Final = 10.0
+# Connections that the reads of classes leave to logins, renewals, revocations and look-ups: those are short, and what
+# they keep alive must not hang on what a class reads.
+RESERVED_CONNECTIONS: Final = 8
 # Idle connections are ours to close, before a load balancer does it (60 s is the common least) in the middle of a
 # request. Shorter than kubelet's cadence, longer than a burst.
 KEEPALIVE_SECONDS: Final = 30.0
@@ -62,6 +66,7 @@ class Transport:
         self.server = server
         self._clock = clock
         self._max_connections = max_connections
+        self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
         parts = urlsplit(server.address)
         self._socket_path = parts.path if parts.scheme == "unix" else ""
         self._base = "http://localhost" if self._socket_path else server.address
@@ -75,16 +80,28 @@ class Transport:
         self._checked_at = float("-inf")
         self._opening = asyncio.Lock()
 
-    async def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+    async def send(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, owner: Hashable = None
+    ) -> Answer:
         """Send one request, once, and read its answer.
 
-        ``path`` begins with a slash and is percent-encoded, query included.
+        ``path`` begins with a slash and is percent-encoded, query included. Requests with an ``owner`` take turns,
+        owner by owner, at all connections but RESERVED_CONNECTIONS; one without never waits for them.
 
         Raises:
             NotSent: no connection came about.
             AnswerLost: the request went out, the answer did not come, or not whole.
             VaultUnavailable: TLS failed, or the answer is too large.
         """
+        if owner is None:
+            return await self._send(method, path, headers, body)
+        await self._turns.take(owner)
+        try:
+            return await self._send(method, path, headers, body)
+        finally:
+            self._turns.give(owner)
+
+    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
         pool = await self._current_pool()
         sent = {"User-Agent": f"vault-csi-provider/{__version__}", "X-Vault-Request": "true", **headers}
         if self.server.namespace:
