@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -366,7 +367,7 @@ class TestRequests:
 
 
 class TestRetries:
-    @pytest.mark.parametrize("status", [412, 429, 472, 473, 500, 502, 503, 504])
+    @pytest.mark.parametrize("status", [412, 429, 472, 473, 500, 501, 502, 503, 504])
     async def test_passing_troubles_are_retried(self, vault: Vault, faulty: Faulty, status: int) -> None:
         """docs/contract.md section 3: after these the same request is sent again, and its answer counts."""
         faulty.on("x", refusal(status, "wait"), secret({"a": "1"}))
@@ -414,7 +415,45 @@ class TestRetries:
             await read(vault)
         assert faulty.count("x") == 1
 
-    @pytest.mark.parametrize("odd", ["soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
+    async def test_retry_after_may_be_a_date(self, vault: Vault, faulty: Faulty) -> None:
+        """A Retry-After in HTTP's other form is honoured alike: an hour from now is beyond the deadline."""
+        faulty.on("x", refusal(503, "standby", Retry_After=formatdate(time.time() + 3600, usegmt=True)), secret({}))
+        with pytest.raises(VaultUnavailable, match=r'answered 503 ."standby"'):
+            await read(vault)
+        assert faulty.count("x") == 1
+
+    @pytest.mark.parametrize("status", [408, 425, 505, 507, 599])
+    @pytest.mark.parametrize(
+        ("path", "call"),
+        [
+            ("x", lambda vault: vault.read(get("x"), TOKEN, within())),
+            ("auth/kubernetes/login", lambda vault: vault.login(LOGIN, Sensitive("jwt"), within())),
+            ("auth/token/renew-self", lambda vault: vault.renew_token(TOKEN, 60, within())),
+            ("sys/leases/renew", lambda vault: vault.renew_lease(TOKEN, "lease", 60, within())),
+            ("auth/token/revoke-self", lambda vault: vault.revoke_token(TOKEN, within())),
+            ("auth/token/lookup-self", lambda vault: vault.token_lives(TOKEN, within())),
+            ("sys/internal/ui/mounts/x", lambda vault: vault.engine_of("x", TOKEN, within())),
+        ],
+        ids=["read", "login", "renew token", "renew lease", "revoke", "lookup", "engine"],
+    )
+    async def test_troubles_are_no_refusals(
+        self, vault: Vault, faulty: Faulty, status: int, path: str, call: Call
+    ) -> None:
+        """A server in trouble denies nothing and ends nothing: whatever was asked, Vault is unavailable."""
+        faulty.on(path, refusal(status, "not now"))
+        with pytest.raises(VaultUnavailable, match=rf'answered {status} ."not now"'):
+            await call(vault)
+        assert faulty.count(path) == 1
+
+    async def test_page_of_a_load_balancer_in_trouble(self, vault: Vault, faulty: Faulty) -> None:
+        """A status of 500 or more is told as such whoever worded it."""
+        faulty.on("x", Answer(505, b"<html>no</html>", {"Content-Type": "text/html"}))
+        with pytest.raises(VaultUnavailable, match=r"answered 505: check"):
+            await read(vault)
+
+    @pytest.mark.parametrize(
+        "odd", ["soon", "-5", "nan", "Wed, 21 Oct 2015 07:28:00 GMT", "Wed, 21 Oct 99999 07:28:00 GMT"]
+    )
     async def test_odd_retry_after_is_no_harm(self, vault: Vault, faulty: Faulty, odd: str) -> None:
         """A Retry-After that is no number of seconds leaves the ordinary backoff."""
         faulty.on("x", refusal(503, Retry_After=odd), secret({}))

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import Collection, Hashable, Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from hvac.adapters import Adapter
 
+from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import MASK, Sensitive, one_line
 from provider.vault.transport import Answer, NotSent, Transport
 
 # docs/contract.md section 3: answers after which the same request may be sent again.
-RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 502, 503, 504})
+RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 501, 502, 503, 504})
+# Neither these nor any status of 500 or more is a refusal: the request timed out or came too early for the server, so
+# it says nothing about the role, the token or the secret (RFC 9110 section 15.5.9, RFC 8470 section 5.2).
+_TIMING_STATUSES: Final = frozenset({408, 425})
 # First try and four more: over about 3 s, which a leader election often takes. After that kubelet's own retry is
 # better placed, and the message in the pod's events is not kept back.
 MAX_TRIES: Final = 5
@@ -35,7 +41,7 @@ MIN_HIDDEN: Final = 6
 
 
 class Refusal(Exception):
-    """An HTTP status of 400 or more, as Vault worded it. It never leaves the vault room."""
+    """An HTTP status from 400 to 499 by which Vault refused, as Vault worded it. It never leaves the vault room."""
 
     def __init__(self, status: int, words: str, data: Mapping[str, Any] | None) -> None:
         super().__init__(status)
@@ -87,8 +93,9 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
             The JSON object of the answer; an empty one for 204.
 
         Raises:
-            Refusal: Vault answered with a status of 400 or more that is not to be retried.
-            VaultUnavailable: no answer, or none of Vault's, or too many retries.
+            Refusal: Vault refused.
+            VaultUnavailable: no answer, or none of Vault's, or one that says nothing about the request (any status of
+                500 or more), or too many retries.
         """
         sent = {"X-Vault-Token": self._token.reveal()} if self._token else {}
         body = kwargs.get("data")
@@ -110,7 +117,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 if answer.status not in RETRIED_STATUSES:
                     raise self._refusal(answer)
                 failure = self._unavailable(answer)
-                wait = max(wait, _retry_after(answer.headers))
+                wait = max(wait, _retry_after(answer.headers, self._transport.clock))
             if tries == MAX_TRIES or asyncio.get_running_loop().time() + wait >= self._deadline:
                 raise failure
             await asyncio.sleep(wait)
@@ -129,9 +136,11 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 f"Vault at {where} redirects ({answer.status}) to {target}, where the token is not sent",
                 "set vaultAddress to the active node or to a load balancer that finds it",
             )
+        if answer.status >= 500 or answer.status in _TIMING_STATUSES:
+            return self._unavailable(answer)
         if answer.body is None:
             return self._not_vault(answer)
-        body = answer.body or {}
+        body = answer.body
         data = body.get("data")
         return Refusal(answer.status, self._words(body), data if isinstance(data, dict) else None)
 
@@ -175,9 +184,17 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         return one_line(text, limit)
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server asks to wait; 0 where it does not say, or says a date."""
+def _retry_after(headers: Mapping[str, str], clock: Clock) -> float:
+    """Seconds that the server asks to wait, as a number or as an HTTP date; 0 where it does not say.
+
+    Source: RFC 9110 section 10.2.3
+    """
+    text = headers.get("Retry-After", "0")
     try:
-        return max(0.0, float(headers.get("Retry-After", "0")))
+        seconds = float(text)
     except ValueError:
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - clock.wall()
+        except (ValueError, OverflowError):
+            return 0.0
+    return 0.0 if math.isnan(seconds) else max(0.0, seconds)

@@ -64,7 +64,7 @@ class Transport:
         self, server: VaultServer, *, clock: Clock, proxy: str, max_connections: int = MAX_CONNECTIONS
     ) -> None:
         self.server = server
-        self._clock = clock
+        self.clock = clock
         self._max_connections = max_connections
         self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
         parts = urlsplit(server.address)
@@ -142,7 +142,7 @@ class Transport:
         async with self._opening:
             if self._pool is not None and not self._due_for_check():
                 return self._pool
-            self._checked_at = self._clock.now()
+            self._checked_at = self.clock.now()
             if not self._secure:
                 self._pool = self._pool or _Pool(self._open_session(None))
                 return self._pool
@@ -165,7 +165,7 @@ class Transport:
             return self._pool
 
     def _due_for_check(self) -> bool:
-        return self._secure and self._clock.now() >= self._checked_at + TLS_CHECK_SECONDS
+        return self._secure and self.clock.now() >= self._checked_at + TLS_CHECK_SECONDS
 
     def _open_session(self, context: ssl.SSLContext | None) -> aiohttp.ClientSession:
         proxy = _usable_proxy(self._proxy) if self._proxy else None
