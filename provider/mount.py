@@ -10,11 +10,23 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from provider.errors import AccessDenied, LoginDenied, MountFailed, OutOfTime, ProviderError, SecretNotFound, fit
+from provider.errors import (
+    AccessDenied,
+    BadSecret,
+    KubernetesUnavailable,
+    LoginDenied,
+    MountFailed,
+    OutOfTime,
+    ProviderError,
+    SecretNotFound,
+    encoded_size,
+    fit,
+)
 from provider.login import TokenSource, log_in
 from provider.redact import one_line
 from provider.render import render
 from provider.sessions import Read, Sessions
+from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
 from provider.vault import Auth, VaultSecret, VaultServers
 from provider.versions import object_version
@@ -27,12 +39,12 @@ MAX_EXPLAINED: Final = 3
 EXPLAIN_SECONDS: Final = 3.0
 # Warnings that are remembered as told; past it the oldest is told again when it comes up.
 MAX_WARNED: Final = 1000
-# Objects that are named where several failed alike.
-MAX_NAMED: Final = 3
+# The names of objects that failed alike, in characters; past it they are counted.
+MAX_NAMES: Final = 700
 # The room of one sentence and of its remedy, in characters and as gRPC encodes them: a path may have 4 KiB, and what to
 # do must still be read (docs/contract.md section 1).
 MAX_WHAT: Final = 500
-MAX_WHAT_BYTES: Final = 2200
+MAX_WHAT_BYTES: Final = 2300
 MAX_ADVICE: Final = 450
 MAX_ADVICE_BYTES: Final = 1400
 MAX_NAME: Final = 60
@@ -138,6 +150,7 @@ class Mounter:
         failures: list[tuple[ObjectSpec, ProviderError]] = []
         files: list[RenderedFile] = []
         secrets: dict[Read, VaultSecret] = {}
+        size = 0
         for wanted, read in zip(spec.objects, reads, strict=True):
             answer = answers[read]
             try:
@@ -145,8 +158,13 @@ class Mounter:
                     raise answer
                 secrets[read] = answer
                 files.append(RenderedFile(wanted.name, wanted.mode, render(wanted, answer.response)))
+                size += len(files[-1].contents)
             except ProviderError as error:
                 failures.append((wanted, error))
+            if size > MAX_MOUNT_BYTES:
+                # A thousand objects of one large secret would be gigabytes before anybody counted them.
+                failures.append((wanted, _too_large(files, size, len(spec.objects))))
+                break
         if failures:
             raise await self._failed(failures, spec, deadline)
         self._sessions.settle(spec, secrets)
@@ -173,8 +191,8 @@ class Mounter:
         for objects, error in alike.values():
             advice = better.get(id(error), error.advice)
             about = _named(objects)
-            # All of several objects need no names, nor does a login; what comes of rendering has its object's already.
-            if len(objects) == len(spec.objects) > 1 or isinstance(error, LoginDenied) or error.what.startswith(about):
+            # A login is nothing of an object's; what comes of rendering has its object's name already.
+            if isinstance(error, LoginDenied | KubernetesUnavailable) or error.what.startswith(about):
                 about = ""
             what = fit(about + one_line(error.what, MAX_WHAT) + _where(error, spec), MAX_WHAT_BYTES)
             sentences.append(type(error)(what, fit(one_line(advice, MAX_ADVICE), MAX_ADVICE_BYTES)))
@@ -213,15 +231,30 @@ def plan(objects: Sequence[ObjectSpec]) -> list[Read]:
     return [together[wanted.request, wanted.fresh] for wanted in objects]
 
 
+def _too_large(files: Sequence[RenderedFile], size: int, count: int) -> BadSecret:
+    largest = max(files, key=lambda file: len(file.contents))
+    return BadSecret(
+        f"the volume is too large: {len(files)} of its {count} files come to {size / MIB:.2f} MiB already, and the "
+        f'driver takes at most {MAX_MOUNT_BYTES / MIB:.2f} MiB; the largest is "{one_line(largest.path, MAX_NAME)}" of '
+        f"{len(largest.contents) / MIB:.2f} MiB",
+        "split the SecretProviderClass, or mount less of each secret with secretKey",
+    )
+
+
 def _named(objects: Sequence[ObjectSpec]) -> str:
-    names = ", ".join(f'"{one_line(wanted.name, MAX_NAME)}"' for wanted in objects[:MAX_NAMED])
-    more = f" and {len(objects) - MAX_NAMED} more" if len(objects) > MAX_NAMED else ""
-    return f"object{'s' if len(objects) > 1 else ''} {names}{more}: "
+    names: list[str] = []
+    for wanted in objects:
+        name = f'"{one_line(wanted.name, MAX_NAME)}"'
+        if names and encoded_size(", ".join((*names, name))) > MAX_NAMES:
+            break
+        names.append(name)
+    left = len(objects) - len(names)
+    return f"object{'s' if len(objects) > 1 else ''} {', '.join(names)}{f' and {left} more' if left else ''}: "
 
 
 def _where(error: ProviderError, spec: MountSpec) -> str:
-    """Who asked, where it decides what Vault answers."""
-    if not isinstance(error, AccessDenied | SecretNotFound):
+    """Who asked, and which Vault. A login's error has said so already; Kubernetes has nothing to do with it."""
+    if isinstance(error, LoginDenied | KubernetesUnavailable):
         return ""
     namespace = f', Vault namespace "{spec.server.namespace}"' if spec.server.namespace else ""
     return f' [role "{spec.login.role}"{namespace}, {spec.server.address}]'

@@ -487,7 +487,26 @@ class TestErrors:
         objects = [file(f"f{number}", "old/app", "k") for number in range(5)]
         error = await node.failure(wanting(shop, API_KEY, *objects))
         assert str(error).count("Vault denied") == 1
-        assert 'objects "f0", "f1", "f2" and 2 more: ' in str(error)
+        assert 'objects "f0", "f1", "f2", "f3", "f4": ' in str(error)
+
+    async def test_names_of_many_objects_leave_room(self, node: Node, shop: EcommerceStand) -> None:
+        """Hundreds that fail alike are named as far as the message has room, and counted from there."""
+        objects = [file(f"{number:03}-{'x' * 40}", "old/app", "k") for number in range(300)]
+        error = await node.failure(wanting(shop, *objects))
+        named = str(error).count('xxx"')
+        assert 5 < named < 300
+        assert f"and {300 - named} more: " in str(error)
+        assert encoded_size(str(error)) <= MAX_MESSAGE_BYTES
+
+    async def test_too_large_a_volume_is_refused_before_it_is_whole(
+        self, node: Node, shop: EcommerceStand, faulty: Faulty
+    ) -> None:
+        """Rendering stops where the driver's 4 MiB are passed, with the sizes; a thousand files are never in memory."""
+        faulty.on("big", secret({"k": "x" * (1 << 20)}))
+        objects = [file(f"f{number}", "big", "k") for number in range(100)]
+        error = await node.failure(wanting(shop, *objects, address=faulty.address))
+        assert error.code is Code.FAILED_PRECONDITION
+        assert "5 of its 100 files come to 5.00 MiB already, and the driver takes at most 4.00 MiB" in str(error)
 
     @pytest.mark.parametrize("letter", ["x", "%", "ü"])
     async def test_message_fits(self, node: Node, shop: EcommerceStand, faulty: Faulty, letter: str) -> None:
