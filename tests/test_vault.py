@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import time
@@ -26,7 +27,17 @@ from provider.errors import (
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
-from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret, VaultServers, adapter, transport
+from provider.vault import (
+    EngineMount,
+    LeaseGone,
+    RenewalRefused,
+    Vault,
+    VaultSecret,
+    VaultServers,
+    adapter,
+    connections,
+    transport,
+)
 from provider.vault.transport import NotSent
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
@@ -115,6 +126,21 @@ async def eventually(holds: Callable[[], object]) -> None:
             return
         await asyncio.sleep(0.01)
     pytest.fail("it did not come to hold")
+
+
+@contextlib.asynccontextmanager
+async def raw_server(answer: bytes) -> AsyncIterator[str]:
+    """A server that answers the first request of each connection with these bytes, and then keeps it open."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
 
 
 def child_token(bao: OpenBao, **fields: object) -> Sensitive[str]:
@@ -272,8 +298,30 @@ class TestConnections:
 
     async def test_unknown_host(self, servers: VaultServers) -> None:
         """A host name that does not resolve is told as such."""
-        with pytest.raises(NotSent, match=r"vault.invalid:8200 is unreachable"):
+        with pytest.raises(
+            NotSent, match=r"vault.invalid:8200 is unreachable.*cannot be looked up.*check vaultAddress"
+        ):
             await servers.get(at("http://vault.invalid:8200")).read(get("x"), TOKEN, within(0))
+
+    async def test_host_that_is_no_name(self, servers: VaultServers) -> None:
+        """What cannot be a name at all is no fault of ours, but one of the address."""
+        address = f"http://{'a' * 70}.example:8200"
+        with pytest.raises(VaultUnavailable, match=r"is unreachable.*cannot be looked up"):
+            await servers.get(at(address)).read(get("x"), TOKEN, within(0))
+
+    async def test_name_server_that_does_not_answer(
+        self, servers: VaultServers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A look-up is given up after its time, and the name is told apart from a server that is down."""
+
+        async def hang(*_: object, **__: object) -> None:
+            await asyncio.sleep(3600)
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+        monkeypatch.setattr(connections, "LOOKUP_SECONDS", 0.05)
+        async with asyncio.timeout(20):
+            with pytest.raises(NotSent, match=r"vault.example:8200 is unreachable.*looked up: no answer in 0.05 s"):
+                await servers.get(at("http://vault.example:8200")).read(get("x"), TOKEN, within(0))
 
 
 class TestRequests:
@@ -550,6 +598,18 @@ class TestStrangeAnswers:
         faulty.on("x", Answer(body=body))
         with pytest.raises(VaultUnavailable, match=r"is not Vault's API"):
             await read(vault)
+
+    async def test_few_informational_messages(self, servers: VaultServers) -> None:
+        """What may come before an answer does not matter."""
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + b'{"data": {"a": "1"}}'
+        async with raw_server(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10 + answer) as address:
+            assert (await read(servers.get(at(address)))).response["data"] == {"a": "1"}
+
+    async def test_flood_of_informational_messages(self, servers: VaultServers) -> None:
+        """A server that sends nothing but such is left after a few, and not waited for until the deadline."""
+        async with raw_server(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 11) as address:
+            with pytest.raises(AnswerLost, match=r"did not answer to the end"):
+                await read(servers.get(at(address)))
 
     async def test_204_is_an_empty_answer(self, vault: Vault, faulty: Faulty) -> None:
         """A write that answers nothing has succeeded."""

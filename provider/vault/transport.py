@@ -22,6 +22,7 @@ from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES
 from provider.spc import VaultServer
+from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, bound
 from provider.vault.tls import Fingerprint, fingerprint, make_context
 from provider.vault.turns import Turns
 
@@ -176,8 +177,13 @@ class Transport:
             )
         else:
             connector = aiohttp.TCPConnector(
-                limit=self._max_connections, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context or True
+                limit=self._max_connections,
+                keepalive_timeout=KEEPALIVE_SECONDS,
+                ssl=context or True,
+                resolver=BoundedResolver(),
+                ttl_dns_cache=DNS_CACHE_SECONDS,
             )
+        bound(connector)
         session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -244,6 +250,11 @@ def _failure(error: BaseException, where: str) -> VaultUnavailable:
         return VaultUnavailable(
             f"TLS with Vault at {where} failed: {_reason(error)}",
             "check vaultCACertPath, vaultTLSServerName, vaultTLSClientCertPath and Vault's certificate",
+        )
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return NotSent(
+            f"Vault at {where} is unreachable: its host name cannot be looked up: {_reason(error)}",
+            "check vaultAddress and this node's DNS",
         )
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return NotSent(
