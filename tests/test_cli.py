@@ -518,6 +518,21 @@ def test_signal_ends_the_real_daemon_with_0(tmp_path: Path, number: signal.Signa
         assert [event["message"] for event in running.events()][-2:] == ["stopping", "stopped"]
 
 
+@pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n"], ids=["nothing", "half a greeting"])
+def test_half_open_connection_does_not_hold_up_the_end(tmp_path: Path, said: bytes) -> None:
+    """A client that dialled and then says nothing, or no more, does not keep the daemon from ending: it ends while
+    the client still waits, before the 20 s for which gRPC would wait for it."""
+    path = tmp_path / "vault.sock"
+    with daemon("tests.daemon", path) as running, socket.socket(socket.AF_UNIX) as silent:
+        running.told("mounts are served")
+        silent.connect(str(path))
+        silent.sendall(said)
+        with Driver(path) as driver:
+            driver.version()  # answered after the silent one was accepted
+        running.signal(signal.SIGTERM)
+        assert running.wait(15) == 0
+
+
 def test_connections_to_vault_are_as_many_as_the_operator_allows(tmp_path: Path) -> None:
     """Four pods' logins at once, each slow: with --max-connections=2 they go through two connections, both used."""
     path, key = tmp_path / "vault.sock", tmp_path / "key"

@@ -24,6 +24,9 @@ CONNECTION_AGE: Final = 2.0
 SERVE_ON_FACTOR: Final = 1.25
 # Beyond the mount's own limit, for the answer to reach the caller: it is cut off only if something hangs.
 GRACE_SECONDS: Final = 5.0
+# A client that dialled and says nothing holds gRPC's stop up until gRPC gives its handshake up, after 20 s unless told.
+# Less than what is served on for, so that at a stop none is left; nothing is lost, as it has sent no call.
+HANDSHAKE_SECONDS: Final = 2.0
 # gRPC itself answers RESOURCE_EXHAUSTED to what is larger, which must not leave Mount (docs/contract.md section 1).
 # kubelet's call to the driver is at most 4 MiB, a class 1.5 MiB, and JSON makes six bytes of one at worst.
 MAX_REQUEST_BYTES: Final = 64 * MIB
@@ -59,6 +62,7 @@ class Server:
             options=[
                 ("grpc.max_connection_age_ms", int(self._connection_age * 1000)),
                 ("grpc.max_connection_age_grace_ms", int(self._grace * 1000)),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
             ]
         )
