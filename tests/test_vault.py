@@ -7,7 +7,7 @@ import contextlib
 import gzip
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
@@ -39,6 +39,7 @@ from provider.vault import (
     transport,
 )
 from provider.vault.transport import NotSent
+from provider.vault.turns import Turns
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
 from tests.stand.openbao import OpenBao
@@ -138,6 +139,15 @@ async def raw_server(answer: bytes) -> AsyncIterator[str]:
         await reader.read()
         writer.close()
 
+    async with serving(serve) as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]],
+) -> AsyncIterator[str]:
+    """The address of a server that does this with each connection."""
     server = await asyncio.start_server(serve, "127.0.0.1")
     yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
@@ -599,6 +609,53 @@ class TestStrangeAnswers:
         with pytest.raises(VaultUnavailable, match=r"is not Vault's API"):
             await read(vault)
 
+    async def test_large_answers_take_turns(self, servers: VaultServers) -> None:
+        """Of all the large answers that servers send at once, at most four are read to their end at one time."""
+        size = 7 * MIB
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size
+        taken = most = ended = 0
+        may_end = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal taken, most, ended
+            writer.transport.set_write_buffer_limits(0)
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(head + b'{"data": {"a": "'.ljust(size - 4, b"x"))
+            await writer.drain()  # only a client that reads on takes so much
+            taken += 1
+            most = max(most, taken - ended)
+            await may_end.wait()
+            ended += 1
+            writer.write(b'"}}\n')
+            writer.close()
+
+        async with serving(serve) as address:
+            vaults = [servers.get(at(address, f"team-{number}")) for number in range(8)]
+            reads = [asyncio.create_task(read(vault)) for vault in vaults]
+            await eventually(lambda: taken == 4)
+            await asyncio.sleep(0.2)  # a fifth would have come to its end by now
+            may_end.set()
+            answers = await asyncio.gather(*reads)
+        assert len(answers) == ended == 8
+        assert most == 4
+
+    async def test_large_answer_that_dawdles(self, servers: VaultServers, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A large answer that does not get on is given up, so that others have their turn."""
+        monkeypatch.setattr(transport, "LARGE_BODY_SECONDS", 0.05)
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 300_000
+        async with raw_server(answer) as address:
+            for _ in range(6):
+                with pytest.raises(AnswerLost, match=r"rest of a large answer did not come in 0.05 s"):
+                    await read(servers.get(at(address)))
+
+    async def test_answers_of_too_many_parts(self, vault: Vault, faulty: Faulty) -> None:
+        """JSON that would be many times larger in memory is refused before it is parsed; as much text is not."""
+        faulty.on("x", Answer(body=b'{"data": {"a": [' + b"[]," * 160_000 + b"[]]}}"))
+        with pytest.raises(VaultUnavailable, match=r"JSON of more than 300,000 parts.*smaller secret"):
+            await read(vault)
+        faulty.on("x", Answer(body=b'{"data": {"a": [' + b"[]," * 140_000 + b"[]]}}"))
+        assert len((await read(vault)).response["data"]["a"]) == 140_001
+
     async def test_few_informational_messages(self, servers: VaultServers) -> None:
         """What may come before an answer does not matter."""
         answer = b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + b'{"data": {"a": "1"}}'
@@ -660,7 +717,7 @@ class TestStrangeAnswers:
         faulty.on("x", secret({"a": "canary"}, lease_id="lease/1"))
         faulty.on("auth/kubernetes/login", token("canary"))
         request = with_body("GET", "x", {"pin": "canary"})
-        bare = transport.Transport(vault.server, clock=SystemClock(), proxy="")
+        bare = transport.Transport(vault.server, clock=SystemClock(), proxy="", large_bodies=Turns(1))
         raw = await bare.send("GET", "/v1/x", {}, None)
         await bare.close()
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())

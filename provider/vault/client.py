@@ -27,7 +27,8 @@ from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.vault.adapter import Refusal, VaultAdapter
-from provider.vault.transport import Transport
+from provider.vault.transport import LARGE_BODIES, Transport
+from provider.vault.turns import Turns
 
 # What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.
 _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
@@ -246,6 +247,7 @@ class VaultServers:
         self._clock = clock
         self._proxy = proxy
         self._max_connections = max_connections
+        self._large_bodies = Turns(LARGE_BODIES)
         self._recent: OrderedDict[VaultServer, Vault] = OrderedDict()
         self._held: WeakValueDictionary[VaultServer, Vault] = WeakValueDictionary()
         self._closing: set[asyncio.Task[None]] = set()
@@ -254,7 +256,13 @@ class VaultServers:
         """The client for ``server``; its connections open at first use, and again after they were let go."""
         vault = self._held.get(server)
         if vault is None:
-            transport = Transport(server, clock=self._clock, proxy=self._proxy, max_connections=self._max_connections)
+            transport = Transport(
+                server,
+                clock=self._clock,
+                proxy=self._proxy,
+                large_bodies=self._large_bodies,
+                max_connections=self._max_connections,
+            )
             vault = self._held[server] = Vault(transport)
         self._recent[server] = vault
         self._recent.move_to_end(server)

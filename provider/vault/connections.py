@@ -43,7 +43,11 @@ def bound(connector: aiohttp.BaseConnector) -> None:
     There is no public way to give a connector its protocol; a test floods one, so that a release that renames this
     attribute is noticed.
     """
-    connector._factory = functools.partial[ResponseHandler](_BoundedHandler, loop=asyncio.get_running_loop())
+    connector._factory = functools.partial(_make_handler, loop=asyncio.get_running_loop())
+
+
+def _make_handler(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
+    return _BoundedHandler(loop)
 
 
 class _BoundedHandler(ResponseHandler):

@@ -20,7 +20,7 @@ from provider import __version__
 from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import one_line
-from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES
+from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
 from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, bound
 from provider.vault.tls import Fingerprint, fingerprint, make_context
@@ -39,7 +39,16 @@ KEEPALIVE_SECONDS: Final = 30.0
 # How often the TLS files are looked at, at most.
 TLS_CHECK_SECONDS: Final = 1.0
 # Parsing a larger body than this would hold the loop for more than about 5 ms.
-PARSE_IN_THREAD_BYTES: Final = 256 * 1024
+LARGE_BODY_BYTES: Final = 256 * 1024
+# Larger bodies that are read to their end and parsed at one time, of all servers: each may take some 40 MiB meanwhile.
+LARGE_BODIES: Final = 4
+# A large body that has its turn keeps others waiting; 8 MiB in this time is slower than any network for a Vault.
+LARGE_BODY_SECONDS: Final = 10.0
+# Each of these characters is at most one more object in memory, of about 70 bytes: 20 MiB at this many. A secret of
+# 1 MiB, the most that integrated storage keeps by default, has fewer unless nearly every fourth byte is one.
+# Source: https://openbao.org/docs/configuration/storage/raft/ (max_entry_size)
+MAX_JSON_MARKS: Final = 300_000
+_JSON_MARKS: Final = b",[{:"
 
 _PROXY_ADVICE: Final = "check VAULT_PROXY_ADDR, HTTPS_PROXY and NO_PROXY in the provider's environment"
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -59,14 +68,24 @@ class Answer:
 
 
 class Transport:
-    """The connections to one Vault server: at most MAX_CONNECTIONS, kept alive, remade when TLS files change."""
+    """The connections to one Vault server: at most MAX_CONNECTIONS, kept alive, remade when TLS files change.
+
+    ``large_bodies`` are the turns at which bodies above LARGE_BODY_BYTES are read, shared by all servers.
+    """
 
     def __init__(
-        self, server: VaultServer, *, clock: Clock, proxy: str, max_connections: int = MAX_CONNECTIONS
+        self,
+        server: VaultServer,
+        *,
+        clock: Clock,
+        proxy: str,
+        large_bodies: Turns,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self.server = server
         self.clock = clock
         self._max_connections = max_connections
+        self._large_bodies = large_bodies
         self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
         parts = urlsplit(server.address)
         self._socket_path = parts.path if parts.scheme == "unix" else ""
@@ -119,8 +138,7 @@ class Transport:
                 allow_redirects=False,
                 server_hostname=self.server.tls.server_name or None if self._secure else None,
             ) as response:
-                raw = await _read_within(response, self.server.address)
-                return Answer(response.status, response.headers, await _parse(raw))
+                return Answer(response.status, response.headers, await self._body(response))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             failure = _failure(error, self.server.address)
         finally:
@@ -130,6 +148,28 @@ class Transport:
         # Outside the handler, so without a cause: aiohttp's errors show in their repr the headers that were sent, the
         # token among them, and the proxy's password.
         raise failure
+
+    async def _body(self, response: aiohttp.ClientResponse) -> dict[str, Any] | None:
+        raw = bytearray()
+        await _read_on(response, raw, LARGE_BODY_BYTES)
+        if len(raw) <= LARGE_BODY_BYTES:
+            return _parse(raw)
+        await self._large_bodies.take(self.server)
+        try:
+            async with asyncio.timeout(LARGE_BODY_SECONDS):
+                await _read_on(response, raw, MAX_RESPONSE_BYTES)
+            if len(raw) > MAX_RESPONSE_BYTES:
+                raise self._too_large(f"more than {MAX_RESPONSE_BYTES // MIB} MiB")
+            if not await asyncio.to_thread(_may_be_parsed, raw):
+                raise self._too_large(f"JSON of more than {MAX_JSON_MARKS:,} parts")
+            return await asyncio.to_thread(_parse, raw)
+        finally:
+            self._large_bodies.give(self.server)
+
+    def _too_large(self, size: str) -> VaultUnavailable:
+        return VaultUnavailable(
+            f"Vault at {self.server.address} answered {size}", "a volume holds at most 4 MiB; name a smaller secret"
+        )
 
     async def close(self) -> None:
         """Let go of the connections: idle ones now, each other one with its answer. A later send opens new ones."""
@@ -211,26 +251,23 @@ async def _retire(pool: _Pool) -> None:
         await pool.session.close()
 
 
-async def _read_within(response: aiohttp.ClientResponse, where: str) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
+async def _read_on(response: aiohttp.ClientResponse, raw: bytearray, limit: int) -> None:
+    """Add to ``raw`` what comes, to the end or until it is more than ``limit`` bytes."""
     async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > MAX_RESPONSE_BYTES:
-            response.close()
-            raise VaultUnavailable(
-                f"Vault at {where} answered more than {MAX_RESPONSE_BYTES // 1024 // 1024} MiB",
-                "a volume holds at most 4 MiB; name a smaller secret",
-            )
-        chunks.append(chunk)
-    return b"".join(chunks)
+        raw += chunk
+        if len(raw) > limit:
+            return
 
 
-async def _parse(raw: bytes) -> dict[str, Any] | None:
+def _may_be_parsed(raw: bytearray) -> bool:
+    return sum(raw.count(mark) for mark in _JSON_MARKS) <= MAX_JSON_MARKS
+
+
+def _parse(raw: bytearray) -> dict[str, Any] | None:
     if not raw:
         return None
     try:
-        found = await asyncio.to_thread(json.loads, raw) if len(raw) > PARSE_IN_THREAD_BYTES else json.loads(raw)
+        found = json.loads(raw)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -265,6 +302,8 @@ def _failure(error: BaseException, where: str) -> VaultUnavailable:
         reason = "what it sent is not HTTP"  # aiohttp's text quotes it, and it may quote us
     elif isinstance(error, aiohttp.ClientPayloadError):
         reason = "its answer broke off"
+    elif isinstance(error, TimeoutError) and error.errno is None:
+        reason = f"the rest of a large answer did not come in {LARGE_BODY_SECONDS:g} s"
     else:
         reason = _reason(error)
     return AnswerLost(
