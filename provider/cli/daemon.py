@@ -7,6 +7,7 @@ core reads its environment as it is imported, and whatever fails on the way is t
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -88,6 +89,16 @@ def _serve(settings: Settings, build: Build | None, told_to_stop: asyncio.Event)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings, build or parts.build, told_to_stop))
+
+
+def _settle_memory() -> None:
+    """Let the garbage collector be: what the imports made stays for good, and a mount makes no cycles to speak of.
+
+    Measured on a node's boot: 5 to 10 % of its CPU went into looking through objects that live on.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) -> None:
