@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -693,7 +694,7 @@ class TestStrangeAnswers:
         with pytest.raises(VaultUnavailable, match=r"more than 8 MiB"):
             await read(vault)
 
-    @pytest.mark.parametrize("odd", ["a lot", -1, True, None, 1e300, [1]])
+    @pytest.mark.parametrize("odd", ["a lot", -1, True, None, 1e300, [1], 10**400, math.inf, -math.inf, math.nan])
     async def test_odd_durations_count_as_none(self, vault: Vault, faulty: Faulty, odd: object) -> None:
         """What Vault should not say does not reach the arithmetic."""
         faulty.on("x", secret({}, lease_id="l", lease_duration=odd, renewable=None))
@@ -711,6 +712,14 @@ class TestStrangeAnswers:
         for _ in range(2):
             with pytest.raises(LoginDenied, match=r"holds no token.*MFA"):
                 await vault.login(LOGIN, Sensitive("jwt"), within())
+
+    @pytest.mark.parametrize("odd", ["hvs.two\nlines", "hvs.with space", "hvs.ünicode", "hvs.nul\0", "\x7f"])
+    async def test_login_with_a_token_that_is_no_header(self, vault: Vault, faulty: Faulty, odd: str) -> None:
+        """A token that could not be sent is none: the login fails, and says why without showing it."""
+        faulty.on("auth/kubernetes/login", token(odd))
+        with pytest.raises(LoginDenied, match=r"not printable ASCII") as told:
+            await vault.login(LOGIN, Sensitive("jwt"), within())
+        assert odd not in str(told.value)
 
     async def test_reprs_show_no_secret(self, vault: Vault, faulty: Faulty) -> None:
         """Neither an answer nor what a login gave shows its secret to whoever prints it."""
@@ -757,6 +766,14 @@ class TestLives:
             await real.revoke_token(own, within())
         assert await real.token_lives(own, within())
 
+    async def test_token_that_may_not_revoke_itself(self, real: Vault, shop: EcommerceStand) -> None:
+        """Without the default policy a 403 does not say that the token is gone; where the caller knows, it is told."""
+        own = child_token(shop.openbao, policies=["ecommerce-policy"], no_default_policy=True)
+        with pytest.raises(RenewalRefused, match=r"may not revoke itself"):
+            await real.revoke_token(own, within(), may_lookup=False)
+        shop.openbao.api("POST", "auth/token/revoke", {"token": own.reveal()})
+        await real.revoke_token(own, within())
+
     async def test_renew_lease(self, real: Vault, shop: EcommerceStand) -> None:
         """A database lease is renewable, for the seconds asked for; once revoked it is gone."""
         own = child_token(shop.openbao, policies=["ecommerce-policy", "default"])
@@ -794,7 +811,10 @@ class TestLives:
             {"expiration": 2_000_000_000},
             {"expiration": 2_000_000_000, "serial_number": "1"},
             {"certificate": "c", "serial_number": "1"},
-            *({"expiration": odd, "certificate": "c", "serial_number": "1"} for odd in ("2000", True, None, 0, -1)),
+            *(
+                {"expiration": odd, "certificate": "c", "serial_number": "1"}
+                for odd in ("2000", True, None, 0, -1, 1e12, 10**400, math.inf, -math.inf, math.nan)
+            ),
         ],
     )
     def test_what_is_no_certificate(self, data: object) -> None:
@@ -817,11 +837,33 @@ class TestLives:
         stranger = child_token(shop.openbao, policies=["default"])
         assert await real.engine_of("secret/app", stranger, within()) is None
 
-    @pytest.mark.parametrize("body", [{}, {"data": None}, {"data": {"path": 1}}])
-    async def test_odd_engine_answers(self, vault: Vault, faulty: Faulty, body: object) -> None:
-        """An answer that names no mount names no engine."""
-        faulty.on("sys/internal/ui/mounts/x", Answer(body=body))
-        assert await vault.engine_of("x", TOKEN, within()) is None
+    @pytest.mark.parametrize(
+        "data",
+        [
+            None,
+            {},
+            {"path": 1},
+            {"path": ""},
+            {"path": "other/", "type": "kv"},
+            {"path": "kv/x/y/", "type": "kv"},
+            {"path": "kv/", "type": ["kv"]},
+            {"path": "kv/", "type": "kv" * 300},
+            {"path": "kv/", "type": "kv", "options": {"version": "2" * 600}},
+        ],
+    )
+    async def test_odd_engine_answers(self, vault: Vault, faulty: Faulty, data: object) -> None:
+        """An answer that names no mount of this path names no engine, nor one with texts that no mount has."""
+        faulty.on("sys/internal/ui/mounts/kv/x", Answer(body={"data": data}), Answer(body={}))
+        assert await vault.engine_of("kv/x", TOKEN, within()) is None
+        assert await vault.engine_of("kv/x", TOKEN, within()) is None
+
+    async def test_mount_paths_are_bounded(self, vault: Vault, faulty: Faulty) -> None:
+        """A mount's path has 512 characters at most, even where the request's path begins with it."""
+        for length, known in ((512, True), (513, False)):
+            mount = "m" * (length - 1) + "/"
+            faulty.on(f"sys/internal/ui/mounts/{mount}x", Answer(body={"data": {"path": mount, "type": "kv"}}))
+            answer = await vault.engine_of(f"{mount}x", TOKEN, within())
+            assert answer == (EngineMount(mount, "kv", "") if known else None)
 
     async def test_deleted_version(self, real: Vault, root: Sensitive[str]) -> None:
         """A KV version 2 secret whose current version was deleted is told apart from one that never was."""

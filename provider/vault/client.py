@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from provider.vault.turns import Turns
 
 # What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.
 _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
+_HEADER_TEXT: Final = re.compile(r"[!-~]+")
+# A mount's path, type and version are kept for every mount that classes name: no longer than any is.
+MAX_MOUNT_TEXT: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,7 @@ class VaultSecret:
         data = self.response.get("data")
         if not isinstance(data, dict) or not {"serial_number", "certificate"} <= data.keys():
             return None
-        end = data.get("expiration")
-        return float(end) if isinstance(end, int | float) and not isinstance(end, bool) and end > 0 else None
+        return _seconds(data.get("expiration")) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +116,11 @@ class Vault:
         auth = answer.get("auth")
         if not isinstance(auth, dict) or not auth.get("client_token"):
             raise LoginDenied("Vault's answer holds no token; is a second factor (MFA) enforced on this auth mount?")
+        token = str(auth["client_token"])
+        if not _HEADER_TEXT.fullmatch(token):
+            raise LoginDenied("the token in Vault's answer is not printable ASCII, so it cannot be sent in a header")
         return Auth(
-            token=Sensitive(str(auth["client_token"])),
+            token=Sensitive(token),
             accessor=str(auth.get("accessor") or ""),
             ttl=_seconds(auth.get("lease_duration")),
             renewable=bool(auth.get("renewable")),
@@ -183,10 +189,12 @@ class Vault:
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
         return _seconds(answer.get("lease_duration"))
 
-    async def revoke_token(self, token: Sensitive[str], deadline: float) -> None:
+    async def revoke_token(self, token: Sensitive[str], deadline: float, *, may_lookup: bool = True) -> None:
         """Revoke the token and every lease under it; a token that is gone already is no error.
 
-        Raises RenewalRefused (a batch token cannot be revoked), VaultUnavailable.
+        ``may_lookup`` says that its policies allow what ``default`` allows, so that a 403 means that it is gone.
+
+        Raises RenewalRefused (a batch token cannot be revoked, nor one that may not revoke itself), VaultUnavailable.
         """
         adapter = self._adapter(token, deadline, resend=True)
         try:
@@ -194,6 +202,8 @@ class Vault:
         except Refusal as refusal:
             if refusal.status != 403:
                 raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
+            if not may_lookup:
+                raise RenewalRefused("the token may not revoke itself; its role lacks the default policy") from refusal
 
     async def token_lives(self, token: Sensitive[str], deadline: float) -> bool:
         """Whether ``lookup-self`` knows the token. Raises VaultUnavailable where nobody could say."""
@@ -207,6 +217,8 @@ class Vault:
     async def engine_of(self, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, or None where this token may not know (any refusal).
 
+        None too for an answer that cannot be about ``path``: it is remembered, and other paths are judged by it.
+
         Raises VaultUnavailable.
         """
         adapter = self._adapter(token, deadline, resend=True)
@@ -215,11 +227,15 @@ class Vault:
         except Refusal:
             return None
         data = answer.get("data")
-        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
+        if not isinstance(data, dict):
             return None
         options = data.get("options")
-        version = options.get("version") if isinstance(options, dict) else None
-        return EngineMount(data["path"], str(data.get("type") or ""), str(version or ""))
+        mount = data.get("path")
+        kind = data.get("type") or ""
+        version = (options.get("version") if isinstance(options, dict) else None) or ""
+        if not all(isinstance(text, str) and len(text) <= MAX_MOUNT_TEXT for text in (mount, kind, version)):
+            return None
+        return EngineMount(mount, kind, version) if mount and path.startswith(mount) else None
 
     async def close(self) -> None:
         """Close the connections."""
