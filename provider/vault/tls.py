@@ -44,6 +44,8 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
         context = ssl.create_default_context() if not (tls.ca_cert or tls.ca_directory) else _with_cas(tls)
     except (OSError, ValueError) as error:
         raise _unusable("the CA certificates", tls.ca_cert or tls.ca_directory, error) from error
+    # Left alone, it is what the system's OpenSSL is configured for.
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if tls.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
