@@ -110,6 +110,17 @@ class _Fault:
     seconds: float
     times: int | None
     headers: dict[str, str]
+    together: int = 1
+    arrived: int = 0
+    there: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def happen(self) -> None:
+        """Return once `together` requests have come to this, and `seconds` have passed."""
+        self.arrived += 1
+        if self.arrived >= self.together:
+            self.there.set()
+        await self.there.wait()
+        await asyncio.sleep(self.seconds)
 
 
 class _Refusal(Exception):
@@ -373,6 +384,10 @@ class KubeApi:
         """Answer `seconds` later on paths that hold `path`, `times` times or until `heal`."""
         self._faults.append(_Fault(path, None, seconds, times, {}))
 
+    def gather(self, count: int, *, path: str = "") -> None:
+        """Answer requests on paths that hold `path` once there are `count` of them, all before any later one."""
+        self._faults.append(_Fault(path, None, 0, None, {}, together=count))
+
     def heal(self) -> None:
         """End all faults."""
         self._faults.clear()
@@ -429,7 +444,7 @@ class KubeApi:
     ) -> web.StreamResponse:
         self.requests.append(SeenRequest(request.method, request.path_qs, time.monotonic()))
         for fault in self._due_faults(request.path_qs):
-            await asyncio.sleep(fault.seconds)
+            await fault.happen()
             if fault.status is not None:
                 failure = _Refusal(fault.status, "InternalError", "the stand was told to fail")
                 return web.json_response(failure.body, status=fault.status, headers=fault.headers)
