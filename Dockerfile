@@ -21,9 +21,10 @@ COPY pyproject.toml README.md LICENSE ./
 COPY provider/ provider/
 # Bytecode is made here: the container's root is read-only, and compiling at each start would take longer than
 # the start. Unchecked, since the sources change no more, and a tool that rewrites file times would make it stale.
+# All of it anew (-f): pip's last run has imported some of what it found installed, and left what checks file times.
 RUN /opt/build/bin/python -m hatchling build --target wheel --directory /dist \
     && pip --python /opt/vault-csi-provider/bin/python install --no-compile --no-index --no-deps /dist/*.whl \
-    && /opt/vault-csi-provider/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+    && /opt/vault-csi-provider/bin/python -m compileall -f -q --invalidation-mode unchecked-hash \
         /opt/vault-csi-provider/lib
 
 FROM ${PYTHON_IMAGE}

@@ -263,6 +263,14 @@ def test_environment_is_every_users(built: Path) -> None:
         assert path.stat().st_mode & wanted == wanted, path
 
 
+def test_what_is_compiled_is_compiled_anew() -> None:
+    """compileall overwrites what an import before it has compiled, whether or not this environment's pip imports any."""
+    commands = [part for text in named(instructions(), "RUN") for part in text.split("&&") if "compileall" in part]
+    assert len(commands) == 2
+    for command in commands:
+        assert "compileall -f -q --invalidation-mode unchecked-hash" in command
+
+
 def test_environment_comes_compiled(built: Path) -> None:
     """Each module has bytecode that is used without a look at its source, despite a read-only root."""
     (packages,) = (built / VENV.lstrip("/") / "lib").glob("python3.*/site-packages")
