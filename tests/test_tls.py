@@ -379,6 +379,61 @@ class TestFilesOnDisk:
             missing.write_bytes({"ca_cert": Path(ca), "client_cert": cert, "client_key": key}[setting].read_bytes())
         assert await read(servers, faulty.address, tls) == {"a": "1"}
 
+    @pytest.mark.parametrize("setting", ["ca_cert", "client_cert", "client_key"])
+    @pytest.mark.parametrize(
+        ("kind", "reason"),
+        [
+            ("pipe", "is not a regular file"),
+            ("device", "is not a regular file"),
+            ("directory", "is not a regular file"),
+            ("endless", "is not a regular file"),
+            ("large", "is larger than 1 MiB"),
+        ],
+    )
+    async def test_what_is_no_file_holds_nobody(
+        self,
+        servers: VaultServers,
+        authority: Authority,
+        faulty: Faulty,
+        ca: str,
+        tmp_path: Path,
+        setting: str,
+        kind: str,
+        reason: str,
+    ) -> None:
+        """A path that a class names may be anything: what cannot be read to an end is refused by its path."""
+        cert, key = authority.client().write(tmp_path, "client")
+        odd = tmp_path / "odd"
+        match kind:
+            case "pipe":
+                os.mkfifo(odd)
+            case "device":
+                odd.symlink_to("/dev/null")
+            case "directory":
+                odd.mkdir()
+            case "endless":
+                odd.symlink_to("/dev/zero")
+            case _:
+                odd.touch()
+                os.truncate(odd, 1024**4)
+        given = {"ca_cert": ca, "client_cert": str(cert), "client_key": str(key)} | {setting: str(odd)}
+        with pytest.raises(VaultUnavailable, match=rf"cannot use .*: {odd} {reason}"):
+            await read(servers, faulty.address, TlsSettings(**given))  # type: ignore[arg-type]  # text all of them
+        assert faulty.arrivals == []
+
+    async def test_ca_directory_with_what_is_no_file(
+        self, servers: VaultServers, faulty: Faulty, authority: Authority, tmp_path: Path
+    ) -> None:
+        """Pipes, devices and what is too large do not matter in a directory either."""
+        directory = tmp_path / "cas"
+        directory.mkdir()
+        os.mkfifo(directory / "a-pipe")
+        (directory / "b-device").symlink_to("/dev/zero")
+        (directory / "c-large").touch()
+        os.truncate(directory / "c-large", 1024**4)
+        (directory / "d-ca.crt").write_bytes(authority.pem)
+        assert await read(servers, faulty.address, TlsSettings(ca_directory=str(directory))) == {"a": "1"}
+
     async def test_file_of_something_else_is_named(self, servers: VaultServers, faulty: Faulty, tmp_path: Path) -> None:
         """A CA file without a certificate is refused by its path, not taken for an empty list of authorities."""
         wrong = tmp_path / "ca.txt"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from provider.errors import VaultUnavailable
 from provider.redact import one_line
-from provider.settings import TlsSettings
+from provider.settings import MIB, TlsSettings
+
+# The public authorities of the world come to a quarter of this.
+MAX_PEM_BYTES: Final = MIB
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
@@ -52,7 +59,10 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
     if tls.client_cert:
         try:
             # A password, even an empty one, keeps OpenSSL from asking for one on a terminal.
-            context.load_cert_chain(tls.client_cert, tls.client_key or None, password="")
+            with contextlib.ExitStack() as copies:
+                cert = copies.enter_context(_copy_of(tls.client_cert))
+                key = copies.enter_context(_copy_of(tls.client_key)) if tls.client_key else None
+                context.load_cert_chain(cert, key, password="")
         except (OSError, ValueError) as error:
             paths = f"{tls.client_cert} with {tls.client_key}" if tls.client_key else tls.client_cert
             raise _unusable("the client certificate and its key", paths, error) from error
@@ -62,18 +72,49 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
 def _with_cas(tls: TlsSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if tls.ca_cert:
-        context.load_verify_locations(cafile=tls.ca_cert)
+        with _copy_of(tls.ca_cert) as copy:
+            context.load_verify_locations(cafile=copy)
         return context  # as Vault's own clients: the file wins over the directory
     found = False
     for path in _files_in(tls.ca_directory):
         try:
-            context.load_verify_locations(cafile=path)
+            with _copy_of(path) as copy:
+                context.load_verify_locations(cafile=copy)
             found = True
-        except ssl.SSLError:
+        except (ssl.SSLError, _NotPem):
             continue  # a README or a CRL among the certificates
     if not found:
         raise ValueError("no PEM certificate in the directory")
     return context
+
+
+class _NotPem(ValueError):
+    """What a path names cannot be a PEM file, whatever it holds."""
+
+
+@contextlib.contextmanager
+def _copy_of(path: str) -> Iterator[str]:
+    """The path of a copy in memory of the file, for OpenSSL, which reads to the end of whatever it is told to open.
+
+    A class names the path: it may be a pipe, a device or without end, and nothing of that may hold a thread.
+    """
+    source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(source).st_mode):
+            raise _NotPem(f"{path} is not a regular file")
+        content = b""
+        # The file's own word on its size is not taken: those of /proc say 0.
+        while len(content) <= MAX_PEM_BYTES and (part := os.read(source, MAX_PEM_BYTES + 1)):
+            content += part
+    finally:
+        os.close(source)
+    if len(content) > MAX_PEM_BYTES:
+        raise _NotPem(f"{path} is larger than {MAX_PEM_BYTES // MIB} MiB")
+    copy = os.memfd_create("pem", os.MFD_CLOEXEC)
+    with open(copy, "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{copy}"
 
 
 def _files_in(directory: str) -> list[str]:
