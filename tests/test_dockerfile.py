@@ -264,7 +264,7 @@ def test_environment_is_every_users(built: Path) -> None:
 
 
 def test_what_is_compiled_is_compiled_anew() -> None:
-    """compileall overwrites what an import before it has compiled, whether or not this environment's pip imports any."""
+    """compileall overwrites what an import before it has compiled, whatever pip this environment has."""
     commands = [part for text in named(instructions(), "RUN") for part in text.split("&&") if "compileall" in part]
     assert len(commands) == 2
     for command in commands:
