@@ -258,3 +258,34 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     StateDir(str(directory), KEY)
     assert not old.exists()
     assert young.exists()
+
+
+@simulated
+async def test_token_that_may_not_revoke_itself_is_not_called_revoked(caplog: pytest.LogCaptureFixture) -> None:
+    """A role without the default policy: the 403 to revoke-self proves nothing, so the log says what is left behind."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.roles["app"] = Role(policies=("app",))
+        await node.mount(pod, *credential())
+        stage.remove(pod)
+        with caplog.at_level(logging.INFO):
+            await asyncio.sleep(300)
+        told = [record.getMessage() for record in caplog.records]
+        assert any("cannot be revoked and is left to expire" in line for line in told)
+        assert not any("revoked the token" in line for line in told)
+        assert stage.vault.live_leases()
+
+
+@simulated
+async def test_token_that_may_not_renew_itself_lives_on_to_its_end() -> None:
+    """Without the default policy a renewal's 403 says nothing of the token: what hangs on it lives to its own end."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.roles["app"] = Role(policies=("app",))
+        first = await node.mount(pod, *credential())
+        await asyncio.sleep(0.75 * HOUR)
+        (session,) = node.sessions.all()
+        assert session._tokens[0].usable(stage.clock.now())
+        again = await node.mount(pod, *credential())
+        assert again != first
+        assert stage.vault.lease_of(first["user"]) in stage.vault.live_leases()

@@ -381,7 +381,10 @@ class Session:
     async def _revoke_quietly(self, token: HeldToken) -> None:
         token.dead = True
         with contextlib.suppress(ProviderError):
-            await self._vault.revoke_token(token.auth.token, self._soon())
+            await self._revoke(token)
+
+    async def _revoke(self, token: HeldToken) -> None:
+        await self._vault.revoke_token(token.auth.token, self._soon(), may_lookup="default" in token.auth.policies)
 
     # -- renewal ---------------------------------------------------------------------------------------------------
 
@@ -396,7 +399,8 @@ class Session:
         async with self._exclusive():
             tokens, _ = self._renewable()
             for token in tokens:
-                await self._renew(token.life, self._vault.renew_token, token.auth.token)
+                sure = "default" in token.auth.policies
+                await self._renew(token.life, self._vault.renew_token, token.auth.token, sure=sure)
             _, leases = self._renewable()
             await asyncio.gather(
                 *(
@@ -415,8 +419,14 @@ class Session:
                     self._warn_if_short(kept, self._longest_interval(kept))
 
     async def _renew(
-        self, life: Lifetime, ask: Callable[..., Coroutine[Any, Any, float]], *what: object, path: str = "auth/token"
+        self,
+        life: Lifetime,
+        ask: Callable[..., Coroutine[Any, Any, float]],
+        *what: object,
+        path: str = "auth/token",
+        sure: bool = True,
     ) -> None:
+        """Renew one life. ``sure`` says that who is told it is gone can believe it: a 403 may be for want of policy."""
         if life.renew_at > self._clock.now():
             return
         about = self._about() | {"path": path}
@@ -425,7 +435,10 @@ class Session:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 ttl = await ask(*what, life.granted, self._soon())
         except LeaseGone as gone:
-            life.gone(self._clock.now())
+            if sure:
+                life.gone(self._clock.now())
+            else:
+                life.refused()
             _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
         except RenewalRefused as refused:
             life.refused()
@@ -501,9 +514,9 @@ class Session:
         while token.usable(self._clock.now()) and self._clock.now() < until:
             try:
                 async with self._around.revoking, asyncio.timeout(RENEWAL_SECONDS):
-                    await self._vault.revoke_token(token.auth.token, self._soon())
+                    await self._revoke(token)
             except RenewalRefused as refused:
-                _log.info("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
+                _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
                 return
             except (ProviderError, TimeoutError) as error:
                 _log.warning("revocation failed, trying again: %s", error, extra=self._about())
