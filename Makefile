@@ -7,6 +7,7 @@
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
 #   make check   the linters and the type checker alone
 #   make stubs   generate provider/v1alpha1 from protos
+#   make schemas generate the JSON Schemas of a class from the parser's tables
 #   make lock    bring requirements/ in line with pyproject.toml
 #   make upgrade the same, to the newest versions that it allows
 #   make clean   remove everything that make made
@@ -21,7 +22,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 T ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench unit check coverage stubs lock upgrade clean
+.PHONY: help demo test bench unit check coverage stubs schemas lock upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,7 +49,7 @@ check: $(READY)
 	@$(BIN)/lint-imports --no-logo
 
 # These four rooms are pure, so every branch of them can be reached.
-PURE := provider/spc*,provider/versions*,provider/errors*,provider/redact*
+PURE := provider/spc/*,provider/versions*,provider/errors*,provider/redact*
 
 coverage: $(READY)
 	@echo "== pytest: unit, property, integration, stubs, locks and the built wheel"
@@ -66,6 +67,10 @@ unit: $(READY)
 stubs: $(READY)
 	@$(BIN)/python protos/generate.py
 	@echo "provider/v1alpha1 is generated anew."
+
+schemas: $(READY)
+	@$(BIN)/python -m provider.spc.schema provider/spc deploy/schemas
+	@echo "The JSON Schemas are generated anew."
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--custom-compile-command "make lock" $(LOCK_FLAGS)

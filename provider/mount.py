@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
 
 from provider.errors import (
     AccessDenied,
@@ -24,14 +24,17 @@ from provider.errors import (
 )
 from provider.login import TokenSource, log_in
 from provider.redact import one_line
-from provider.render import render
+from provider.render import Answered, Files, RenderedFile, Renderer, render_plain
 from provider.sessions import Read, Sessions
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
+from provider.spc.paths import clashes
 from provider.vault import Auth, VaultSecret, VaultServers
-from provider.versions import object_version
+from provider.versions import ABSENT, object_version, shaped_version
 
 _log = logging.getLogger(__name__)
+
+_Failure: TypeAlias = tuple[ObjectSpec, SecretRequest, ProviderError]
 
 # Distinct denials of one mount whose engine is asked for, and how long, so that the advice fits: an error message is
 # not worth more of a sick Vault's time.
@@ -64,15 +67,6 @@ class VersionKey(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RenderedFile:
-    """A file of the volume; ``mode`` is 0 to 0o777."""
-
-    path: str
-    mode: int
-    contents: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
 class MountResult:
     """All files of a volume, and the version of each object as (id, version)."""
 
@@ -89,6 +83,7 @@ class Mounter:
         sessions: Sessions,
         tokens: TokenSource,
         version_key: VersionKey,
+        renderer: Renderer,
         *,
         timeout: float,
     ) -> None:
@@ -96,6 +91,7 @@ class Mounter:
         self._sessions = sessions
         self._tokens = tokens
         self._version_key = version_key
+        self._renderer = renderer
         self._timeout = timeout
         self._warned: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
@@ -142,53 +138,81 @@ class Mounter:
         async def login(until: float) -> Auth:
             return await log_in(self._servers.get(spec.server), spec, self._tokens, until)
 
-        reads = plan(spec.objects)
+        shaped = [wanted for wanted in spec.objects if not wanted.plain]
+        if shaped:
+            await self._renderer.check(shaped)
+        reads, distinct = plan(spec.objects)
         # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
         key, answers = await asyncio.gather(
-            self._version_key.get(), self._sessions.fetch(spec, list(dict.fromkeys(reads)), login, deadline)
+            self._version_key.get(), self._sessions.fetch(spec, distinct, login, deadline)
         )
-        failures: list[tuple[ObjectSpec, ProviderError]] = []
-        files: list[RenderedFile] = []
-        secrets: dict[Read, VaultSecret] = {}
+        failures: list[_Failure] = []
         size = 0
-        for wanted, read in zip(spec.objects, reads, strict=True):
-            answer = answers[read]
-            try:
+
+        def failed(wanted: ObjectSpec, request: SecretRequest, error: ProviderError) -> None:
+            if not (wanted.optional and isinstance(error, SecretNotFound)):
+                failures.append((wanted, request, error))
+
+        made: dict[str, Files] = {}
+        answered: list[Answered] = []
+        secrets: dict[Read, VaultSecret] = {}
+        for wanted, together in zip(spec.objects, reads, strict=True):
+            responses = []
+            for read in together:
+                answer = answers[read]
                 if isinstance(answer, ProviderError):
-                    raise answer
-                secrets[read] = answer
-                files.append(RenderedFile(wanted.name, wanted.mode, render(wanted, answer.response)))
-                size += len(files[-1].contents)
+                    failed(wanted, read.request, answer)
+                else:
+                    secrets[read] = answer
+                    responses.append(answer.response)
+            if len(responses) < len(together):
+                continue
+            if not wanted.plain:
+                answered.append(Answered(wanted, responses))
+                continue
+            try:
+                contents = render_plain(wanted, responses[0])
             except ProviderError as error:
-                failures.append((wanted, error))
+                failed(wanted, wanted.request, error)
+                continue
+            made[wanted.name] = (RenderedFile(wanted.name, wanted.mode, contents),)
+            size += len(contents)
             if size > MAX_MOUNT_BYTES:
                 # A thousand objects of one large secret would be gigabytes before anybody counted them.
-                failures.append((wanted, _too_large(files, size, len(spec.objects))))
+                failed(wanted, wanted.request, _too_large(made, size, len(spec.objects)))
                 break
+        if answered and size <= MAX_MOUNT_BYTES:
+            results = await self._renderer.render(spec.target_path, answered)
+            for given, result in zip(answered, results, strict=True):
+                if isinstance(result, ProviderError):
+                    failed(given.spec, given.spec.request, result)
+                else:
+                    made[given.spec.name] = result
         if failures:
+            # In the class's order: the first one's code is the mount's (docs/contract.md section 1).
+            order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
+            failures.sort(key=lambda failure: order[failure[0].name])
             raise await self._failed(failures, spec, deadline)
+        files = _all_files(spec, made)
+        if shaped:
+            _refuse_clashes(spec.objects, made)
         self._sessions.settle(spec, secrets)
-        versions = tuple(
-            (wanted.name, object_version(key, wanted, file.contents))
-            for wanted, file in zip(spec.objects, files, strict=True)
-        )
-        return MountResult(tuple(files), versions)
+        versions = tuple((wanted.name, _version(key, wanted, made.get(wanted.name))) for wanted in spec.objects)
+        return MountResult(files, versions)
 
-    async def _failed(
-        self, failures: Sequence[tuple[ObjectSpec, ProviderError]], spec: MountSpec, deadline: float
-    ) -> MountFailed:
+    async def _failed(self, failures: Sequence[_Failure], spec: MountSpec, deadline: float) -> MountFailed:
         """All failing objects in one error; objects that failed alike share a sentence."""
-        alike: dict[str, tuple[list[ObjectSpec], ProviderError]] = {}
-        for wanted, error in failures:
-            alike.setdefault(str(error), ([], error))[0].append(wanted)
+        alike: dict[str, tuple[list[ObjectSpec], SecretRequest, ProviderError]] = {}
+        for wanted, request, error in failures:
+            alike.setdefault(str(error), ([], request, error))[0].append(wanted)
         until = min(deadline - EXPLAIN_SECONDS / 2, _loop_time() + EXPLAIN_SECONDS)
-        refused = [found for found in alike.values() if isinstance(found[1], AccessDenied | SecretNotFound)]
+        refused = [found for found in alike.values() if isinstance(found[2], AccessDenied | SecretNotFound)]
         advised = await asyncio.gather(
-            *(self._advice(error, objects[0].request, spec, until) for objects, error in refused[:MAX_EXPLAINED])
+            *(self._advice(error, request, spec, until) for _, request, error in refused[:MAX_EXPLAINED])
         )
-        better = {id(error): advice for (_, error), advice in zip(refused, advised, strict=False)}
+        better = {id(error): advice for (_, _, error), advice in zip(refused, advised, strict=False)}
         sentences = []
-        for objects, error in alike.values():
+        for objects, _, error in alike.values():
             advice = better.get(id(error), error.advice)
             about = _named(objects)
             # A login is nothing of an object's; what comes of rendering has its object's name already.
@@ -211,30 +235,67 @@ class Mounter:
         return error.advice or "check secretPath, and secretKey"
 
 
-def plan(objects: Sequence[ObjectSpec]) -> list[Read]:
-    """The read that serves each object: one for all that send the same request (docs/contract.md section 2).
+def plan(objects: Sequence[ObjectSpec]) -> tuple[list[tuple[Read, ...]], list[Read]]:
+    """The read of each source of each object, and all of them, each once (docs/contract.md section 2).
 
-    Where they differ in when it is to be renewed or read again, the strictest holds for it; what is to be issued on
-    every mount is never shared with what is kept.
+    Where objects differ in when a request is to be renewed or read again, the strictest holds for it; what is to be
+    issued on every mount is never shared with what is kept.
     """
     together: dict[tuple[SecretRequest, bool], Read] = {}
     for wanted in objects:
-        key = (wanted.request, wanted.fresh)
-        read = Read(wanted.request, wanted.fresh, wanted.renew_percent, wanted.refresh_after)
-        before = together.setdefault(key, read)
-        together[key] = Read(
-            wanted.request,
-            wanted.fresh,
-            min(before.renew_percent, read.renew_percent),
-            min(before.refresh_after, read.refresh_after),
+        for source in wanted.sources:
+            key = (source.request, wanted.fresh)
+            percent, after = wanted.renew_percent, wanted.refresh_after
+            before = together.get(key)
+            if before is not None:
+                percent, after = min(before.renew_percent, percent), min(before.refresh_after, after)
+            together[key] = Read(source.request, wanted.fresh, percent, after)
+    reads = [tuple([together[source.request, wanted.fresh] for source in wanted.sources]) for wanted in objects]
+    return reads, list(together.values())
+
+
+def _all_files(spec: MountSpec, made: Mapping[str, Files]) -> tuple[RenderedFile, ...]:
+    """The files of the volume, in the order of the class. Raises SecretNotFound where there is none."""
+    files: list[RenderedFile] = []
+    for wanted in spec.objects:
+        files += made.get(wanted.name, ())
+    if not files:
+        # docs/contract.md section 1: the driver would leave the volume's old files where they are.
+        raise SecretNotFound(
+            "the mount comes to no file: Vault has nothing for any of its optional objects",
+            "write one of the secrets, or make one object not optional",
         )
-    return [together[wanted.request, wanted.fresh] for wanted in objects]
+    return tuple(files)
 
 
-def _too_large(files: Sequence[RenderedFile], size: int, count: int) -> BadSecret:
-    largest = max(files, key=lambda file: len(file.contents))
+def _refuse_clashes(objects: Sequence[ObjectSpec], made: Mapping[str, Files]) -> None:
+    """What of the paths only the secrets' keys tell (docs/contract.md section 1, Paths); spc has seen to the rest.
+
+    Raises BadSecret where two files are one, or one is another's directory.
+    """
+    owned = [(file.path, wanted.name) for wanted in objects for file in made.get(wanted.name, ())]
+    for upper, lower in clashes([path for path, _ in owned]):
+        (path, one), (below, other) = owned[upper], owned[lower]
+        how = "is also a file" if path == below else f'is a directory to "{one_line(below, MAX_NAME)}"'
+        raise BadSecret(
+            f'object "{one_line(one, MAX_NAME)}": its file "{one_line(path, MAX_NAME)}" {how} of object '
+            f'"{one_line(other, MAX_NAME)}"',
+            "leave the key out by excludes, or rename one of the objects",
+        )
+
+
+def _version(key: bytes | None, wanted: ObjectSpec, files: Files | None) -> str:
+    if files is None:
+        return ABSENT
+    if wanted.plain:
+        return object_version(key, wanted, files[0].contents)
+    return shaped_version(key, wanted, ((file.path, file.contents) for file in files))
+
+
+def _too_large(made: Mapping[str, Files], size: int, count: int) -> BadSecret:
+    largest = max((file for files in made.values() for file in files), key=lambda file: len(file.contents))
     return BadSecret(
-        f"the volume is too large: {len(files)} of its {count} files come to {size / MIB:.2f} MiB already, and the "
+        f"the volume is too large: {len(made)} of its {count} files come to {size / MIB:.2f} MiB already, and the "
         f'driver takes at most {MAX_MOUNT_BYTES / MIB:.2f} MiB; the largest is "{one_line(largest.path, MAX_NAME)}" of '
         f"{len(largest.contents) / MIB:.2f} MiB",
         "split the SecretProviderClass, or mount less of each secret with secretKey",

@@ -73,3 +73,4 @@ class Settings:
     pod_name: str = ""
     pod_namespace: str = ""
     revoke: bool = True
+    templates: bool = True

@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from typing import Final
 
-from provider.spc.model import ObjectSpec
+from provider.spc.model import (
+    AllKeys,
+    Encoding,
+    ObjectSpec,
+    Pkcs12,
+    SecretRequest,
+    Shape,
+    SingleValue,
+    Whole,
+)
 
 # A new layout of the encoding gets a new tag, so that two layouts never agree by accident.
 _LAYOUT: Final = b"vault-csi-provider object version 1"
+_SHAPED_LAYOUT: Final = b"vault-csi-provider object version 2"
+# Of an optional object that Vault does not have. It is no secret, so it says so in words.
+ABSENT: Final = "absent"
 
 
 def object_version(key: bytes | None, spec: ObjectSpec, contents: bytes) -> str:
-    """The version of one object: 64 hex digits, or "" when there is no key.
+    """The version of one plain object: 64 hex digits, or "" when there is no key.
 
     Equal for an equal definition (path in the volume, request with its body, key, mode, encoding) and equal
     ``contents`` under one key, in every process that has the key; different when any of them differs.
@@ -30,23 +43,60 @@ def object_version(key: bytes | None, spec: ObjectSpec, contents: bytes) -> str:
     return mac.hexdigest()
 
 
+def shaped_version(key: bytes | None, spec: ObjectSpec, files: Iterable[tuple[str, bytes]]) -> str:
+    """The same of an object that is not plain, over its definition and its ``files``, each a path and its contents."""
+    if key is None:
+        return ""
+    mac = hmac.new(key, _shaped_definition(spec), hashlib.sha256)
+    for path, contents in files:
+        mac.update(_text(path) + _sized(contents))
+    return mac.hexdigest()
+
+
 def _definition(spec: ObjectSpec) -> bytes:
-    """Every field of the object, each behind its length: no two definitions are written alike."""
-    request = spec.request
-    query = b"".join(_text(name) + _text(value) for name, value in request.query)
+    """Every field of a plain object, each behind its length: no two definitions are written alike."""
+    shape = spec.shape
+    key, encoding = (shape.key, shape.encoding) if isinstance(shape, SingleValue) else (None, Encoding.UTF8)
     return b"".join(
         (
             _sized(_LAYOUT),
             _text(spec.name),
-            _text(request.method),
-            _text(request.path),
-            _sized(query),
-            _optional(None if request.body is None else request.body.reveal()),
-            _optional(spec.key),
+            _request(spec.request),
+            _optional(key),
             _text(str(spec.mode)),
-            _text(spec.encoding.value),
+            _text(encoding.value),
         )
     )
+
+
+def _shaped_definition(spec: ObjectSpec) -> bytes:
+    sources = b"".join(
+        _text(source.alias) + _sized(_request(source.request)) + _optional(source.jmes_path) for source in spec.sources
+    )
+    return b"".join(
+        (_sized(_SHAPED_LAYOUT), _text(spec.name), _text(str(spec.mode)), _sized(sources), _sized(_shape(spec.shape)))
+    )
+
+
+def _shape(shape: Shape) -> bytes:
+    """A shape's fields in their order, behind its name."""
+    match shape:
+        case SingleValue(key, encoding, form):
+            return _text("value") + _optional(key) + _text(encoding.value) + _text(form.value)
+        case AllKeys(includes, excludes, encoding, form):
+            lists = _sized(b"".join(map(_text, includes))) + _sized(b"".join(map(_text, excludes)))
+            return _text("keys") + lists + _text(encoding.value) + _text(form.value)
+        case Whole(form):
+            return _text("whole") + _text(form.value)
+        case Pkcs12(alias, password_key, legacy):
+            return _text("pkcs12") + _text(alias) + _optional(password_key) + _text(str(legacy))
+    return _text("template") + _text(shape.text)
+
+
+def _request(request: SecretRequest) -> bytes:
+    query = b"".join([_text(name) + _text(value) for name, value in request.query])
+    body = None if request.body is None else request.body.reveal()
+    return _text(request.method) + _text(request.path) + _sized(query) + _optional(body)
 
 
 def _sized(part: bytes) -> bytes:

@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator
 
 from provider.cli import main
 from provider.cli.parts import Parts
-from provider.mount import MountResult, RenderedFile
+from provider.mount import MountResult
+from provider.render import RenderedFile
 from provider.settings import Settings
 from provider.spc import MountSpec, Parser
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
 from provider.errors import InvalidClass
 from provider.settings import Settings
-from provider.spc import MountSpec, ObjectSpec, Parser
+from provider.spc import Encoding, MountSpec, ObjectSpec, Parser, SecretRequest, SingleValue, Source, Whole
 
 TOKENS: Final = "csi.storage.k8s.io/serviceAccount.tokens"
 
@@ -24,6 +24,25 @@ GIVEN: Final = {
     "roleName": "web",
 }
 OBJECT: Final = "- objectName: password\n  secretPath: secret/data/web\n"
+
+
+def plain(
+    name: str,
+    request: SecretRequest,
+    key: str | None,
+    mode: int = 0o644,
+    encoding: Encoding = Encoding.UTF8,
+    **options: Any,
+) -> ObjectSpec:
+    """An object of docs/contract.md section 2: the value of ``key``, or the whole response."""
+    shape = Whole() if key is None else SingleValue(key, encoding)
+    return ObjectSpec(name, (Source("secret", request),), shape, mode, **options)
+
+
+def value(spec: ObjectSpec) -> SingleValue:
+    """The shape of an object that is one value."""
+    assert isinstance(spec.shape, SingleValue)
+    return spec.shape
 
 
 def attributes(objects: str = OBJECT, **parameters: str) -> str:

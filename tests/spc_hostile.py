@@ -60,6 +60,10 @@ def one_field(field: str, text: str) -> str:
     return with_objects(f"- {{objectName: a, secretPath: b, {field}: {text}}}")
 
 
+def expressions(number: int, fields: str) -> str:
+    return with_objects("\n".join(f"- {{objectName: a{n}, secretPath: b, {fields}}}" for n in range(number)))
+
+
 def attributes_of_many_names() -> str:
     return json.dumps(GIVEN | {f"k{n}": "" for n in range(100_000)})
 
@@ -109,6 +113,22 @@ CLASSES: dict[str, Callable[[], str]] = {
     "many repeated names": lambda: "{" + ",".join(['"a":""'] * 290_000) + "}",
     "long wrong address": lambda: json.dumps(GIVEN | {"vaultAddress": "http://[" + "a" * 2_000_000}),
     "long mount": lambda: json.dumps(GIVEN | {"vaultAuthMountPath": "/." * 1_000_000}),
+    "many regular expressions": lambda: expressions(
+        2, "secretKey: '*', includes: [" + "'[\\pL\\pN]{40}x'," * 100 + "]"
+    ),
+    "too many regular expressions": lambda: expressions(40, "secretKey: '*', includes: [" + "'\\pL{999}'," * 100 + "]"),
+    "regular expressions that repeat": lambda: expressions(
+        1, "secretKey: '*', excludes: [" + "'((((a{9}){9}){9}){9}){9}'," * 200 + "]"
+    ),
+    "regular expressions in brackets": lambda: expressions(30, f"secretKey: '*', includes: ['{'(' * 500}{')' * 500}']"),
+    "JMESPath that doubles": lambda: expressions(32, f"jmesPath: '{'[@,@]|' * 166}@'"),
+    "JMESPath in brackets": lambda: expressions(32, f"jmesPath: '{'(' * 1000}'"),
+    "JMESPath of JSON": lambda: expressions(32, f"jmesPath: '`{'[' * 998}`'"),
+    "too much JMESPath": lambda: expressions(1000, f"jmesPath: '{'[@,@]|' * 166}@'"),
+    "many sources": lambda: expressions(
+        150, "template: x, sources: {" + ",".join(f"a{n}: {{secretPath: b}}" for n in range(60)) + "}"
+    ),
+    "long templates": lambda: expressions(10, "template: '" + "{{" * 40_000 + "'"),
     "attributes of brackets": lambda: "[" * MAX_ATTRIBUTES_BYTES,
     "attributes of objects": lambda: '{"a":' * (MAX_ATTRIBUTES_BYTES // 5),
     "attributes of a list": lambda: '{"a":[' + '{"":{}},' * (MAX_ATTRIBUTES_BYTES // 9),
@@ -148,7 +168,10 @@ CHECKS: dict[str, Callable[[], object]] = {"too much memory": lambda: bytes(80 *
 def main() -> None:
     parser = Parser(Settings())
     # What a first parse loads stays out of the count.
-    parser.parse(with_objects("- {objectName: a, secretPath: b}"), "null", "/target", "420")
+    shaped = (
+        "- {objectName: a, secretPath: b, secretKey: '*', includes: [c]}\n- {objectName: d, secretPath: b, jmesPath: e}"
+    )
+    parser.parse(with_objects(shaped), "null", "/target", "420")
     for name in (*CLASSES, *CHECKS):
         # Each in a process of its own, since a limit once set stays.
         child = os.fork()

@@ -127,6 +127,7 @@ EVERY = Settings(
     sweep_interval=30.0,
     node_name="node-7",
     revoke=False,
+    templates=False,
 )
 EVERY_FLAG = {
     "endpoint": "unix:///run/vault.sock",
@@ -148,6 +149,7 @@ EVERY_FLAG = {
     "cache-size": "0",
     "kubeconfig": "/kubeconfig",
     "mount-timeout": "1m30s",
+    "templates": "off",
     "renew-percent": "50",
     "refresh-after": "5m",
     "share-reads": "off",

@@ -21,10 +21,12 @@ from provider.errors import MAX_MESSAGE_BYTES, Code, MountFailed, OutOfTime, Pro
 from provider.kube import HmacKey, Kubernetes
 from provider.mount import Mounter
 from provider.redact import Sensitive
+from provider.render import Renderer
 from provider.sessions import Sessions
 from provider.settings import Settings, TlsSettings
 from provider.spc import Encoding, Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
 from provider.vault import VaultServers, adapter
+from tests.spc_classes import plain
 from tests.stand.ecommerce import NAMESPACE, SERVICE_ACCOUNT, EcommerceStand
 from tests.stand.faulty import Answer, Arrival, Cut, Faulty, refusal, secret, token
 from tests.stand.kubeapi import Pod as KubePod
@@ -105,9 +107,11 @@ async def running(
     kubernetes = Kubernetes(str(shop.kube.write_kubeconfig(directory / "kubeconfig")))
     version_key = HmacKey(settings, kubernetes, clock)
     sessions = Sessions(servers, settings, clock=clock, key=version_key.get)
+    renderer = Renderer()
     try:
-        yield Node(Mounter(servers, sessions, kubernetes, version_key, timeout=timeout), sessions, clock)
+        yield Node(Mounter(servers, sessions, kubernetes, version_key, renderer, timeout=timeout), sessions, clock)
     finally:
+        await renderer.close()
         await sessions.close()
         await version_key.close()
         await kubernetes.close()
@@ -140,7 +144,7 @@ def login_role(
 
 def file(name: str, path: str | SecretRequest, key: str | None, encoding: Encoding = Encoding.UTF8) -> ObjectSpec:
     request = SecretRequest("GET", path) if isinstance(path, str) else path
-    return ObjectSpec(name, request, key, 0o644, encoding)
+    return plain(name, request, key, encoding=encoding)
 
 
 def wanting(
@@ -462,7 +466,7 @@ class TestErrors:
 
     async def test_value_that_cannot_be_decoded(self, node: Node, shop: EcommerceStand) -> None:
         """A value that is not in the encoding that the object names is the store's fault, and is not shown."""
-        error = await node.failure(wanting(shop, replace(API_KEY, encoding=Encoding.HEX)))
+        error = await node.failure(wanting(shop, file("api-key", CONFIG, "api_key", Encoding.HEX)))
         assert error.code is Code.FAILED_PRECONDITION
         assert "is not valid hex" in str(error)
         assert shop.api_key not in str(error)

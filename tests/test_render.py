@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider.errors import BadSecret, ProviderError, SecretNotFound
-from provider.render import render
-from provider.spc.model import Encoding, ObjectSpec, SecretRequest
+from provider.render.values import render_plain as render
+from provider.spc.model import Encoding, ObjectSpec, SecretRequest, SingleValue
+from tests.spc_classes import plain
 
 CANARY = "c4nary-value"
-WHOLE = ObjectSpec("app.json", SecretRequest("GET", "ecommerce/data/app"), None, 0o644, Encoding.UTF8)
-PASSWORD = dataclasses.replace(WHOLE, name="db-password", key="password")
+WHOLE = plain("app.json", SecretRequest("GET", "ecommerce/data/app"), None)
+PASSWORD = plain("db-password", SecretRequest("GET", "ecommerce/data/app"), "password")
 
 
 def answer(data: Any, **fields: Any) -> dict[str, Any]:
@@ -98,12 +99,14 @@ def test_json_is_plain(value: object, expected: str) -> None:
 def test_keys_are_looked_up_inside_of_kv_v2() -> None:
     """Where the data holds a map named data, the key is looked up there and nowhere else."""
     assert render(PASSWORD, kv2({"password": "inner"})) == b"inner"
-    assert isinstance(failure(dataclasses.replace(PASSWORD, key="metadata"), kv2({"a": "b"})), SecretNotFound)
+    assert isinstance(
+        failure(dataclasses.replace(PASSWORD, shape=SingleValue("metadata")), kv2({"a": "b"})), SecretNotFound
+    )
 
 
 def test_a_value_named_data_is_no_kv_v2() -> None:
     """A KV v1 secret may have a key named data; a string there is a value like any other."""
-    spec = dataclasses.replace(PASSWORD, key="data")
+    spec = dataclasses.replace(PASSWORD, shape=SingleValue("data"))
     assert render(spec, answer({"data": "text", "password": "x"})) == b"text"
 
 
@@ -115,11 +118,11 @@ def test_encoded_bytes_come_back(content: bytes, blank: str, width: int) -> None
     """base64 and hex decode to the stored bytes, also with whitespace where tools break the lines."""
     encoded = base64.b64encode(content).decode()
     wrapped = blank.join(encoded[at : at + width] for at in range(0, len(encoded), width)) + blank
-    spec = dataclasses.replace(PASSWORD, encoding=Encoding.BASE64)
+    spec = dataclasses.replace(PASSWORD, shape=SingleValue("password", Encoding.BASE64))
     assert render(spec, kv2({"password": wrapped})) == content
     digits = content.hex()
     wrapped = blank.join(digits[at : at + width] for at in range(0, len(digits), width)) + blank
-    spec = dataclasses.replace(PASSWORD, encoding=Encoding.HEX)
+    spec = dataclasses.replace(PASSWORD, shape=SingleValue("password", Encoding.HEX))
     assert render(spec, kv2({"password": wrapped.upper()})) == content
 
 
@@ -127,7 +130,7 @@ def test_encoded_bytes_come_back(content: bytes, blank: str, width: int) -> None
 @pytest.mark.parametrize("value", [CANARY, CANARY + "é", "abc", {"a": CANARY}, "=", "YQ=a"])
 def test_what_is_not_in_the_encoding_is_refused(encoding: Encoding, value: object) -> None:
     """The error names object, path, key and encoding, and not the value."""
-    error = failure(dataclasses.replace(PASSWORD, encoding=encoding), kv2({"password": value}))
+    error = failure(dataclasses.replace(PASSWORD, shape=SingleValue("password", encoding)), kv2({"password": value}))
     assert isinstance(error, BadSecret)
     for part in ("db-password", "ecommerce/data/app", '"password"', encoding.value):
         assert part in error.what
@@ -135,7 +138,10 @@ def test_what_is_not_in_the_encoding_is_refused(encoding: Encoding, value: objec
 
 def test_a_number_is_decoded_by_its_digits() -> None:
     """Vault keeps ``0123`` typed without quotes as a number; its digits are what the encoding applies to."""
-    assert render(dataclasses.replace(PASSWORD, encoding=Encoding.HEX), answer({"password": 1234})) == b"\x12\x34"
+    assert (
+        render(dataclasses.replace(PASSWORD, shape=SingleValue("password", Encoding.HEX)), answer({"password": 1234}))
+        == b"\x12\x34"
+    )
 
 
 def test_a_lone_surrogate_is_refused() -> None:
@@ -193,13 +199,6 @@ def test_a_lease_is_kept() -> None:
     """The lease belongs to the credential: applications read it from the file."""
     written = json.loads(render(WHOLE, answer({"a": "b"}, lease_id="db/1", lease_duration=3600, renewable=True)))
     assert (written["lease_id"], written["lease_duration"], written["renewable"]) == ("db/1", 3600, True)
-
-
-def test_encoding_does_not_apply_to_the_whole_response() -> None:
-    """An encoding is about one stored value."""
-    assert render(dataclasses.replace(WHOLE, encoding=Encoding.HEX), answer({"a": "b"})) == render(
-        WHOLE, answer({"a": "b"})
-    )
 
 
 @pytest.mark.parametrize("field", ["auth", "wrap_info"])

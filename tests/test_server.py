@@ -32,7 +32,8 @@ from hypothesis import strategies as st
 
 from provider import __version__, errors
 from provider.errors import MAX_MESSAGE_BYTES, AccessDenied, Code, InvalidSetting, ProviderError, encoded_size
-from provider.mount import MountResult, RenderedFile
+from provider.mount import MountResult
+from provider.render import RenderedFile
 from provider.server import Endpoint, Server, endpoint
 from provider.server.server import CONNECTION_AGE, SERVE_ON_FACTOR
 from provider.settings import MAX_MOUNT_BYTES, MIB, Settings

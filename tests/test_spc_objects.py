@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from provider.settings import MAX_OBJECTS, Settings
-from provider.spc import Encoding, ObjectSpec, SecretRequest
-from tests.spc_classes import attributes, body, fault, faults, field_fault, one, parse, parse_class
+from provider.spc import Encoding, SecretRequest
+from tests.spc_classes import attributes, body, fault, faults, field_fault, one, parse, parse_class, plain, value
 
 
 def warning(fields: str) -> str:
@@ -16,9 +16,7 @@ def warning(fields: str) -> str:
 
 def test_an_object_needs_a_name_and_a_path_only() -> None:
     """What else there is has its default: the whole response, GET, the request's permission, UTF-8."""
-    assert parse_class("- objectName: a\n  secretPath: b\n").objects == (
-        ObjectSpec("a", SecretRequest("GET", "b"), None, 0o644, Encoding.UTF8),
-    )
+    assert parse_class("- objectName: a\n  secretPath: b\n").objects == (plain("a", SecretRequest("GET", "b"), None),)
 
 
 def test_every_field_has_its_place() -> None:
@@ -39,7 +37,7 @@ def test_every_field_has_its_place() -> None:
         """
     )
     first, second = spec.objects
-    assert (first.name, first.key, first.mode, first.encoding) == (
+    assert (first.name, value(first).key, first.mode, value(first).encoding) == (
         "certs/tls.pem",
         "certificate",
         0o400,
@@ -103,13 +101,13 @@ def test_null_and_empty_are_unset(field: str, value: str) -> None:
 def test_string_fields_are_taken_as_written(text: str) -> None:
     """Whatever YAML would read a plain scalar as, a name is its text."""
     spec = parse_class(f"- objectName: {text}\n  secretPath: {text}\n  secretKey: {text}\n").objects[0]
-    assert (spec.name, spec.request.path, spec.key) == (text, text, text)
+    assert (spec.name, spec.request.path, value(spec).key) == (text, text, text)
 
 
 @pytest.mark.parametrize("text", ['"null"', "'~'", "!!str null", "!!str ~"])
 def test_a_quoted_null_is_a_name(text: str) -> None:
     """Only the plain word is null."""
-    assert one(f"secretKey: {text}").key == text.split()[-1].strip("\"'")
+    assert value(one(f"secretKey: {text}")).key == text.split()[-1].strip("\"'")
 
 
 @pytest.mark.parametrize("field", ["objectName", "secretPath", "secretKey", "method", "encoding", "filePermission"])
@@ -221,7 +219,7 @@ def test_a_method_that_reads_no_secret_is_refused(text: str) -> None:
 )
 def test_an_encoding_is_known_in_any_case(text: str, encoding: Encoding) -> None:
     """The three encodings, UTF-8 with or without its hyphen."""
-    assert one(f"encoding: {text}").encoding is encoding
+    assert value(one(f"secretKey: k, encoding: {text}")).encoding is encoding
 
 
 @pytest.mark.parametrize("text", ["base32", "base-64", "latin-1"])

@@ -164,7 +164,10 @@ def test_no_secret_is_in_what_is_said(
         said = f"{error} {error!r} {error.faults} {error.__cause__} {error.__context__}"
     else:
         # The query belongs to the request that others have to show with care; it is not a body.
-        requests = [replace(item, request=replace(item.request, query=())) for item in spec.objects]
+        requests = [
+            replace(item, sources=tuple(replace(s, request=replace(s.request, query=())) for s in item.sources))
+            for item in spec.objects
+        ]
         said = f"{replace(spec, objects=tuple(requests))!r} {spec.warnings} {spec.tokens}"
     assert CANARY not in said
 

@@ -232,6 +232,10 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "Most sessions (a pod's token and leases) kept between mounts; 0 keeps none.", _read_cache_size,
     ),
     Flag(
+        _SERVING, "templates", "SWITCH", "on",
+        "Whether classes may have templates: on or off.", _read_switch,
+    ),
+    Flag(
         _VAULT, "vault-addr", "URL", "https://127.0.0.1:8200",
         "Server for classes that name none.", read_address, "VAULT_ADDR",
     ),
@@ -387,6 +391,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         pod_name=environ.get("POD_NAME", ""),
         pod_namespace=environ.get("POD_NAMESPACE", ""),
         revoke=value["revoke"],
+        templates=value["templates"],
     )
     return Command(settings)
 

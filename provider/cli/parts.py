@@ -12,6 +12,7 @@ from typing import Final
 from provider.clock import SystemClock
 from provider.kube import HmacKey, Kubernetes
 from provider.mount import Mounter
+from provider.render import Renderer
 from provider.server import Mounts
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
@@ -48,7 +49,9 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
         sweeper = Sweeper(sessions, kubernetes, settings, clock=clock)
         for name, work in (("renewals", sessions.run), ("sweeps", sweeper.run)):
             stack.push_async_callback(_end, asyncio.create_task(_keep_running(name, work), name=name))
-        mounts = Mounter(servers, sessions, kubernetes, key, timeout=settings.mount_timeout)
+        renderer = Renderer()
+        stack.push_async_callback(renderer.close)
+        mounts = Mounter(servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout)
         yield Parts(Parser(settings), mounts)
 
 

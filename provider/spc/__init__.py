@@ -1,6 +1,39 @@
 """Pure: the strings of a MountRequest -> a typed MountSpec, or InvalidClass with every fault at once."""
 
-from provider.spc.model import Encoding, Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
+from provider.spc.model import (
+    AllKeys,
+    Encoding,
+    Format,
+    Login,
+    MountSpec,
+    ObjectSpec,
+    Pkcs12,
+    Pod,
+    SecretRequest,
+    Shape,
+    SingleValue,
+    Source,
+    Template,
+    VaultServer,
+    Whole,
+)
 from provider.spc.parser import Parser
 
-__all__ = ["Encoding", "Login", "MountSpec", "ObjectSpec", "Parser", "Pod", "SecretRequest", "VaultServer"]
+__all__ = [
+    "AllKeys",
+    "Encoding",
+    "Format",
+    "Login",
+    "MountSpec",
+    "ObjectSpec",
+    "Parser",
+    "Pkcs12",
+    "Pod",
+    "SecretRequest",
+    "Shape",
+    "SingleValue",
+    "Source",
+    "Template",
+    "VaultServer",
+    "Whole",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from provider.redact import Sensitive
 from provider.settings import TlsSettings
@@ -88,22 +89,128 @@ class SecretRequest:
         return f"{self.method} {self.path}"
 
 
+# The alias of an object's own secretPath.
+OWN_ALIAS: Final = "secret"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an object is made of: the answer to ``request``, under the name ``alias``.
+
+    Its value is the data of the answer, or what the JMESPath expression ``jmes_path`` finds in it.
+    """
+
+    alias: str
+    request: SecretRequest
+    jmes_path: str | None = None
+
+
+class Format(enum.Enum):
+    """How data that is no string is written: as text of one of these kinds.
+
+    ENVELOPE is the whole response as JSON (docs/contract.md section 2), PEM a certificate with its key and chain.
+    """
+
+    ENVELOPE = "envelope"
+    JSON = "json"
+    YAML = "yaml"
+    DOTENV = "dotenv"
+    PROPERTIES = "properties"
+    TOML = "toml"
+    PEM = "pem"
+
+
+@dataclass(frozen=True, slots=True)
+class SingleValue:
+    """One value: that of ``key``, or what the source's expression finds in that, or in the data where there is no key.
+
+    A string is decoded as ``encoding`` says; anything else is written in ``format``.
+    """
+
+    key: str | None
+    encoding: Encoding = Encoding.UTF8
+    format: Format = Format.JSON
+
+
+@dataclass(frozen=True, slots=True)
+class AllKeys:
+    """A file for each key that none of ``excludes`` and, where there are any, one of ``includes`` is found in.
+
+    Both are expressions of RE2. Each value is written as a SingleValue is.
+    """
+
+    includes: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    encoding: Encoding = Encoding.UTF8
+    format: Format = Format.JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """All of the data in one text; with ENVELOPE the whole response."""
+
+    format: Format = Format.ENVELOPE
+
+
+@dataclass(frozen=True, slots=True)
+class Pkcs12:
+    """A keystore of a certificate, its key and its chain, under ``alias``.
+
+    The password is the value of ``password_key`` in the second source, or empty where that is None. ``legacy`` asks for
+    the encryption that Java before 8u301 reads.
+    """
+
+    alias: str
+    password_key: str | None = None
+    legacy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A text in Jinja2's language over the sources' values."""
+
+    text: str = field(repr=False)
+
+
+Shape: TypeAlias = SingleValue | AllKeys | Whole | Pkcs12 | Template
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """One file of the volume. ``key`` None asks for the whole response; ``mode`` is 0 to 0o777.
+    """One file of the volume, or with AllKeys a directory of files; ``mode`` is 0 to 0o777.
 
-    ``fresh`` asks for a response that is issued on every mount; ``renew_percent`` is the part of its life after which
-    what cannot be renewed is replaced; ``refresh_after``, in seconds, is how old an answer from memory may be.
+    ``sources`` are the reads that it is made of, one where its shape says nothing else. ``fresh`` asks for responses
+    that are issued on every mount; ``renew_percent`` is the part of its life after which what cannot be renewed is
+    replaced; ``refresh_after``, in seconds, is how old an answer from memory may be. An ``optional`` object is left out
+    where Vault has no such secret or key.
+
+    ``plain`` is whether its contents are one value or the whole response as they came, without a program or a format:
+    such objects are rendered at once, and their versions are of the first layout.
     """
 
     name: str
-    request: SecretRequest
-    key: str | None
+    sources: tuple[Source, ...]
+    shape: Shape
     mode: int
-    encoding: Encoding
     fresh: bool = False
     renew_percent: float = 67.0
     refresh_after: float = 0.0
+    optional: bool = False
+    plain: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        object.__setattr__(
+            self,
+            "plain",
+            (isinstance(shape, SingleValue) and shape.format is Format.JSON and self.sources[0].jmes_path is None)
+            or (isinstance(shape, Whole) and shape.format is Format.ENVELOPE),
+        )
+
+    @property
+    def request(self) -> SecretRequest:
+        """The request of the first source, its own."""
+        return self.sources[0].request
 
 
 @dataclass(frozen=True, slots=True)

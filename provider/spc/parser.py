@@ -11,7 +11,7 @@ from provider.errors import InvalidClass
 from provider.settings import Settings
 from provider.spc import parameters
 from provider.spc.findings import Findings, Refused, show
-from provider.spc.model import MountSpec, ObjectSpec
+from provider.spc.model import AllKeys, MountSpec, ObjectSpec, Pkcs12, SingleValue, Source, Template
 from provider.spc.objects import Defaults, parse_objects
 
 # Classes whose objects are kept parsed: more than a node has, and each a few KiB.
@@ -57,7 +57,8 @@ class Parser:
         read = parameters.Parameters(given, findings)
         pod, server, login = read.pod(), read.server(self._settings), read.login(self._settings)
         tokens = read.tokens(secrets)
-        defaults = Defaults(mode, self._settings.renew_percent, read.refresh_after(self._settings))
+        settings = self._settings
+        defaults = Defaults(mode, settings.renew_percent, read.refresh_after(settings), settings.templates)
         objects = self._objects(read.text("objects"), defaults, findings)
         findings.check()
         return MountSpec(
@@ -101,7 +102,20 @@ class Parser:
 
 
 def _size(spec: ObjectSpec) -> int:
-    request = spec.request
+    size = _OBJECT_SIZE + len(spec.name) + sum(map(_source_size, spec.sources))
+    match spec.shape:
+        case SingleValue(key=key) | Pkcs12(password_key=key):
+            return size + len(key or "")
+        case AllKeys(includes, excludes):
+            return size + sum(map(len, includes + excludes))
+        case Template(text):
+            return size + len(text)
+        case _:
+            return size
+
+
+def _source_size(source: Source) -> int:
+    request = source.request
     body = len(request.body.reveal()) if request.body else 0
     query = sum(len(name) + len(value) for name, value in request.query)
-    return _OBJECT_SIZE + len(spec.name) + len(request.path) + len(spec.key or "") + body + query
+    return len(source.jmes_path or "") + len(request.path) + body + query

@@ -35,6 +35,11 @@ def object_name(name: str) -> str:
     return name
 
 
+def directory_name(name: str) -> str:
+    """``name`` as a directory of the volume: a path, or ``.`` for the volume itself. Raises Refused."""
+    return name if name == "." else object_name(name)
+
+
 def clashes(names: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of indices whose names are the same, or where the first's is the directory of the second's.
 

@@ -50,6 +50,19 @@ class Authority:
         self.pem: bytes = self._cert.public_bytes(serialization.Encoding.PEM)
         """The authority's certificate, PEM."""
 
+    def intermediate(self, common_name: str = "stand intermediate") -> Authority:
+        """An authority whose own certificate this one signed."""
+        made = Authority(common_name)
+        now = datetime.datetime.now(datetime.UTC)
+        made._cert = (
+            _builder(made._name, self._name, made._key.public_key(), now - _HOUR, now + 24 * _HOUR)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(_key_usage(ca=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+        made.pem = made._cert.public_bytes(serialization.Encoding.PEM)
+        return made
+
     def server(self, hosts: Sequence[str] = LOOPBACK, *, expired: bool = False) -> Certificate:
         """A server certificate for `hosts` (names or IP addresses); `expired` ended it an hour ago."""
         return self._issue(hosts[0], hosts, ExtendedKeyUsageOID.SERVER_AUTH, expired=expired)

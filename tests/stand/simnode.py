@@ -14,10 +14,12 @@ from typing import Any, Self
 from provider.errors import KubernetesUnavailable
 from provider.mount import Mounter
 from provider.redact import Sensitive
+from provider.render import Renderer
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings, TlsSettings
-from provider.spc import Encoding, Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
+from provider.spc import Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
 from provider.vault import VaultServers
+from tests.spc_classes import plain
 from tests.stand.simtime import SimClock, World
 from tests.stand.simvault import SimVault
 
@@ -39,7 +41,7 @@ def wanted(
 ) -> ObjectSpec:
     """An object of a class: the file ``name`` with ``key`` of what ``path`` answers."""
     request = SecretRequest(method, path, (), Sensitive(body) if body is not None else None)
-    return ObjectSpec(name, request, key, 0o644, Encoding.UTF8, fresh, renew_percent, refresh_after)
+    return plain(name, request, key, fresh=fresh, renew_percent=renew_percent, refresh_after=refresh_after)
 
 
 def credential(path: str = "database/creds/app", **options: Any) -> tuple[ObjectSpec, ObjectSpec]:
@@ -124,7 +126,9 @@ class Node:
         self._servers = VaultServers(clock=clock)
         self.sessions = Sessions(self._servers, settings, clock=clock, key=key.get)
         self.sweeper = Sweeper(self.sessions, stage.cluster, settings, clock=clock)
-        self._mounter = Mounter(self._servers, self.sessions, _Tokens(), key, timeout=settings.mount_timeout)
+        self._mounter = Mounter(
+            self._servers, self.sessions, _Tokens(), key, Renderer(), timeout=settings.mount_timeout
+        )
         self._background: list[asyncio.Task[None]] = []
 
     async def mount(

@@ -1,0 +1,228 @@
+"""One object that is not plain: its sources' values, the program that is run on them, and the files that come of it.
+
+Pure but for what it remembers on its way. Errors name objects, requests and keys, and never a value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from provider.errors import BadSecret, ProviderError
+from provider.redact import one_line
+from provider.render.values import data_of, formatted, missing, object_name, value_of, written
+from provider.spc import paths
+from provider.spc.expressions import regex
+from provider.spc.findings import Refused
+from provider.spc.model import AllKeys, Format, ObjectSpec, Pkcs12, SingleValue, Template, Whole
+
+if TYPE_CHECKING:
+    from provider.sandbox.process import Program, Result
+
+# Keys that one error names.
+_MAX_NAMED: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedFile:
+    """A file of the volume; ``mode`` is 0 to 0o777."""
+
+    path: str
+    mode: int
+    contents: bytes = field(repr=False)
+
+
+Files: TypeAlias = tuple[RenderedFile, ...]
+Made: TypeAlias = "dict[bytes, Result | bytes]"
+"""What programs and keystores came to, by the digest of all that went in."""
+
+
+class Job:
+    """An object on its way from ``responses``, one for each of its sources."""
+
+    def __init__(self, spec: ObjectSpec, responses: Sequence[Mapping[str, Any]]) -> None:
+        self.digest = b""
+        self._spec = spec
+        self._responses = responses
+        self._values: list[Any] = []
+        self._error: ProviderError | None = None
+
+    def prepare(self) -> None:
+        """Find the sources' values, and their digest where something is made of them that is worth remembering."""
+        shape = self._spec.shape
+        try:
+            self._values = _values(self._spec, self._responses)
+        except ProviderError as error:
+            self._error = error
+            return
+        if not self._runs and not isinstance(shape, Pkcs12):
+            return
+        # Of the definition only what the outcome hangs on: a changed mode is no reason to run a program again.
+        what = (shape.text,) if isinstance(shape, Template) else (type(shape).__name__, repr(shape))
+        sources = [(source.alias, source.jmes_path) for source in self._spec.sources]
+        try:
+            text = json.dumps([what, sources, self._values], sort_keys=True)
+        except RecursionError:
+            self._error = _unusable(self._spec, "its data is nested too deeply")
+            return
+        self.digest = hashlib.sha256(text.encode()).digest()
+
+    def program(self) -> Program | None:
+        """What has to be run in the sandbox; None where nothing has to."""
+        if self._error is not None or not self._runs:
+            return None
+        from provider.sandbox.process import Expression, Rendering
+
+        shape, sources = self._spec.shape, self._spec.sources
+        if isinstance(shape, Template):
+            pairs = zip(sources, self._values, strict=True)
+            return Rendering(shape.text, {source.alias: (value, source.jmes_path) for source, value in pairs})
+        parse = isinstance(shape, SingleValue) and shape.key is not None
+        return Expression(str(sources[0].jmes_path), self._values[0], parse)
+
+    def finish(self, made: Made) -> Files | ProviderError:
+        """The files, or the error; what is made here is added to ``made``."""
+        if self._error is not None:
+            return self._error
+        try:
+            return self._files(made)
+        except ProviderError as error:
+            return error
+
+    @property
+    def _runs(self) -> bool:
+        return isinstance(self._spec.shape, Template) or self._spec.sources[0].jmes_path is not None
+
+    def _files(self, made: Made) -> Files:
+        spec, values = self._spec, self._values
+        match spec.shape:
+            case AllKeys() as shape:
+                return _file_for_each_key(spec, shape, values[0])
+            case Whole(Format.PEM):
+                contents = _pem(spec, values[0]).encode()
+            case Whole(form):
+                contents = _utf8(spec, formatted(spec, values[0], form, str(spec.request)))
+            case Pkcs12() as shape:
+                found = made.get(self.digest)
+                contents = found if isinstance(found, bytes) else _keystore(spec, shape, values)
+                made[self.digest] = contents
+            case _:
+                result = made[self.digest]
+                contents = result if isinstance(result, bytes) else _outcome(spec, result)
+        return (RenderedFile(spec.name, spec.mode, contents),)
+
+
+def _values(spec: ObjectSpec, responses: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The value of each source, before its expression."""
+    values: list[Any] = []
+    for number, (source, response) in enumerate(zip(spec.sources, responses, strict=True)):
+        match spec.shape:
+            case SingleValue(key=str(key)):
+                values.append(value_of(spec, source.request, response, key))
+            case Pkcs12(password_key=str(key)) if number:
+                values.append(value_of(spec, source.request, response, key))
+            case _:
+                values.append(data_of(spec, source.request, response))
+    return values
+
+
+def _outcome(spec: ObjectSpec, result: Result) -> bytes:
+    """The contents that a program came to."""
+    from provider.sandbox.process import Failure
+
+    if isinstance(result, Failure):
+        kind = "template" if isinstance(spec.shape, Template) else "jmesPath"
+        raise BadSecret(f"{object_name(spec)}: its {kind}: {result.what}", result.advice)
+    shape = spec.shape
+    if not isinstance(shape, SingleValue):
+        return _utf8(spec, result.text)
+    where = f"jmesPath on {spec.request}"
+    if not result.found:
+        raise missing(spec, f"{where} finds nothing", "check jmesPath, and the names in the secret")
+    value = json.loads(result.text) if result.json else result.text
+    return written(spec, value, shape.encoding, shape.format, where)
+
+
+def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]) -> Files:
+    includes, excludes = [regex(text) for text in shape.includes], [regex(text) for text in shape.excludes]
+    prefix = "" if spec.name == "." else f"{spec.name}/"
+    files, wrong = [], []
+    for key, value in sorted(data.items()):
+        # A key that is no Unicode text is no file's name, and no engine could look into it.
+        known = key.encode("utf-8", "replace").decode()
+        if any(found(known) for found in excludes) or (includes and not any(found(known) for found in includes)):
+            continue
+        problem = _not_a_name(prefix, key)
+        if problem:
+            wrong.append(f'"{one_line(key, 80)}" {problem}')
+            continue
+        where = f'key "{one_line(key, 80)}" of {spec.request}'
+        contents = written(spec, value, shape.encoding, shape.format, where)
+        files.append(RenderedFile(prefix + key, spec.mode, contents))
+    if wrong:
+        more = f", and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
+        raise BadSecret(
+            f"{object_name(spec)}: a key of {spec.request} is no file's name: {', '.join(wrong[:_MAX_NAMED])}{more}",
+            "leave it out by excludes, or rename it in Vault",
+        )
+    if not files:
+        count = f"{len(data)} key" if len(data) == 1 else f"{len(data)} keys"
+        raise missing(
+            spec, f"no key of {spec.request} is left (it has {count})", "check includes, excludes and secretPath"
+        )
+    return tuple(files)
+
+
+def _not_a_name(prefix: str, key: str) -> str:
+    """Why ``key`` cannot be a file's name in the directory; "" where it can (docs/contract.md section 1, Paths)."""
+    if "/" in key:
+        return "has a slash"
+    try:
+        paths.object_name(prefix + key)
+    except Refused as refused:
+        return refused.problem
+    except UnicodeEncodeError:
+        return "is no Unicode text"
+    return ""
+
+
+def _pem(spec: ObjectSpec, data: Mapping[str, Any]) -> str:
+    from provider.render import pki
+
+    problem = ""
+    try:
+        return pki.pem(data)
+    except pki.Unusable as error:
+        problem = error.problem
+    raise _unusable(spec, problem)
+
+
+def _keystore(spec: ObjectSpec, shape: Pkcs12, values: Sequence[Any]) -> bytes:
+    from provider.render import pki
+
+    password = values[1] if shape.password_key is not None else ""
+    if not isinstance(password, str):
+        raise _unusable(spec, "the password of passwordFrom is no string")
+    problem = ""
+    try:
+        return pki.keystore(values[0], shape.alias, password, legacy=shape.legacy)
+    except pki.Unusable as error:
+        problem = error.problem
+    raise _unusable(spec, problem)
+
+
+def _utf8(spec: ObjectSpec, text: str) -> bytes:
+    contents = None
+    with contextlib.suppress(UnicodeEncodeError):
+        contents = text.encode()
+    if contents is None:
+        raise _unusable(spec, "its data holds a character that is no Unicode text")
+    return contents
+
+
+def _unusable(spec: ObjectSpec, problem: str) -> BadSecret:
+    return BadSecret(f"{object_name(spec)}: {problem} (from {spec.request})", "check secretPath, method and secretArgs")

@@ -1,0 +1,148 @@
+"""The objects of a mount that are not plain, rendered: in a thread, and their programs in the sandbox.
+
+What came of a program or a keystore is remembered for the volume, by a digest of all that went into it: a re-mount runs
+again only what changed. Their engines are loaded by the first class that needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from provider.errors import BadSecret, InvalidClass, ProviderError
+from provider.redact import one_line
+from provider.render.job import Files, Job, Made
+from provider.settings import MAX_MOUNT_BYTES, MIB
+from provider.spc.model import ObjectSpec, Template
+
+if TYPE_CHECKING:
+    from provider.sandbox.process import Program, Result, Sandbox
+
+# Bytes of what is remembered of all volumes, and the volumes: beyond, the least recently mounted is rendered anew.
+MAX_REMEMBERED: Final = 32 * MIB
+MAX_VOLUMES: Final = 1000
+# Templates whose text is known to be one.
+MAX_CHECKED: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An object, and Vault's whole answer to each of its sources, as ``json.loads`` gives it."""
+
+    spec: ObjectSpec
+    responses: Sequence[Mapping[str, Any]] = field(repr=False)
+
+
+_TOO_LARGE: Final = BadSecret(
+    f"the volume is too large: the objects before come to more than {MAX_MOUNT_BYTES / MIB:.2f} MiB already, and the "
+    "driver takes no more",
+    "split the SecretProviderClass, or mount less of each secret with secretKey",
+)
+
+
+class Renderer:
+    """Renders for a daemon. ``close`` ends the process that programs run in, if there is one."""
+
+    def __init__(self) -> None:
+        self._sandbox: Sandbox | None = None
+        self._checked: OrderedDict[bytes, None] = OrderedDict()
+        self._remembered: OrderedDict[str, tuple[Made, int]] = OrderedDict()
+        self._slow: OrderedDict[str, None] = OrderedDict()  # volumes whose programs did not end when they last ran
+        self._size = 0
+
+    async def check(self, objects: Sequence[ObjectSpec]) -> None:
+        """Raise InvalidClass where a template among the objects is none, before anything is read for it."""
+        unknown: dict[bytes, ObjectSpec] = {}
+        for spec in objects:
+            if isinstance(spec.shape, Template):
+                names = json.dumps([spec.shape.text, sorted(source.alias for source in spec.sources)])
+                unknown[hashlib.sha256(names.encode("utf-8", "surrogatepass")).digest()] = spec
+        for digest in unknown.keys() & self._checked.keys():
+            del unknown[digest]
+        if not unknown:
+            return
+        from provider.sandbox.process import Check, Failure
+
+        checks = [
+            Check(spec.shape.text, tuple(source.alias for source in spec.sources))
+            for spec in unknown.values()
+            if isinstance(spec.shape, Template)
+        ]
+        results = await self._run(checks)
+        faults = []
+        for (digest, spec), result in zip(unknown.items(), results, strict=True):
+            if isinstance(result, Failure):
+                faults.append(f"objects ({one_line(spec.name, 80)}) template: {result.what} ({result.advice})")
+            else:
+                self._checked[digest] = None
+        while len(self._checked) > MAX_CHECKED:
+            self._checked.popitem(last=False)
+        if faults:
+            raise InvalidClass(faults)
+
+    async def render(self, volume: str, answered: Sequence[Answered]) -> list[Files | ProviderError]:
+        """The files of each object, or the error that it failed with. ``volume`` is whose memory is used."""
+        jobs = [Job(given.spec, given.responses) for given in answered]
+        before = self._remembered[volume][0] if volume in self._remembered else {}
+        await asyncio.to_thread(_prepare, jobs)
+        made = {job.digest: before[job.digest] for job in jobs if job.digest in before}
+        waiting = {job.digest: program for job in jobs if job.digest not in made and (program := job.program())}
+        if waiting:
+            # One process for the programs of a mount.
+            slow = volume in self._slow
+            made.update(zip(waiting, await self._run(list(waiting.values()), slow=slow), strict=True))
+        results = await asyncio.to_thread(_finish, jobs, made)
+        # What may have failed for want of time is tried again.
+        final = {digest: kept for digest, kept in made.items() if getattr(kept, "final", True)}
+        self._slow.pop(volume, None)
+        if len(final) < len(made):
+            self._slow[volume] = None
+            while len(self._slow) > MAX_VOLUMES:
+                self._slow.popitem(last=False)
+        self._keep(volume, final)
+        return results
+
+    async def close(self) -> None:
+        """End the sandbox's process."""
+        if self._sandbox is not None:
+            await self._sandbox.close()
+
+    async def _run(self, programs: Sequence[Program], *, slow: bool = False) -> list[Result]:
+        if self._sandbox is None:
+            from provider.sandbox.process import Sandbox
+
+            self._sandbox = Sandbox()
+        return await self._sandbox.run(programs, slow=slow)
+
+    def _keep(self, volume: str, memory: Made) -> None:
+        size = sum(len(kept) if isinstance(kept, bytes) else len(getattr(kept, "text", "")) for kept in memory.values())
+        before = self._remembered.pop(volume, ({}, 0))  # another mount of it may have been as fast
+        self._size += size - before[1]
+        self._remembered[volume] = (memory, size)
+        while self._size > MAX_REMEMBERED or len(self._remembered) > MAX_VOLUMES:
+            self._size -= self._remembered.popitem(last=False)[1][1]
+
+
+def _prepare(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.prepare()
+
+
+def _finish(jobs: Sequence[Job], made: Made) -> list[Files | ProviderError]:
+    results: list[Files | ProviderError] = []
+    size = 0
+    for job in jobs:
+        if size > MAX_MOUNT_BYTES:
+            # A thousand objects of one large secret would be gigabytes before anybody counted them.
+            results.append(_TOO_LARGE)
+            continue
+        result = job.finish(made)
+        results.append(result)
+        if isinstance(result, tuple):
+            size += sum(len(file.contents) for file in result)
+    return results

@@ -1,0 +1,533 @@
+"""Mounts of objects that are not plain, over real sessions against a real OpenBao: what is read, run and said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+
+from provider.errors import BadSecret, Code, InvalidClass, ProviderError, SecretNotFound
+from provider.redact import Sensitive
+from provider.render import Answered, Renderer, renderer
+from provider.sandbox.process import Program, Result, Sandbox
+from provider.settings import MAX_MOUNT_BYTES, TlsSettings
+from provider.spc import Login, MountSpec, ObjectSpec, Pod, VaultServer
+from provider.versions import object_version, shaped_version
+from tests.spc_classes import parse_class
+from tests.stand.ecommerce import EcommerceStand
+from tests.test_mount import Counted, Node, login_role, running
+from tests.tools import ROOT
+
+CREDS = "database/creds/ecommerce-readonly"
+KEY = b"k" * 32
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[EcommerceStand]:
+    """The shop, with a role that reads all of ecommerce/ and issues certificates."""
+    with EcommerceStand(audit=True) as stand:
+        bao = stand.openbao
+        bao.enable_pki()
+        bao.pki_role("web", ["shop.example"])
+        bao.write_policy(
+            "shapes",
+            'path "ecommerce/*" { capabilities = ["read"] }\npath "pki/issue/web" { capabilities = ["update"] }',
+        )
+        login_role(bao, "shapes", ["shapes", "ecommerce-policy"])
+        bao.write_kv(
+            "ecommerce/data/app", {"user": "web", "password": "it's", "nested": {"a": [1]}, "text": '{"b": 2}'}
+        )
+        yield stand
+
+
+@pytest.fixture
+async def node(shop: EcommerceStand, tmp_path: Path) -> AsyncIterator[Node]:
+    async with running(shop, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def counted(shop: EcommerceStand) -> Counted:
+    return Counted(shop)
+
+
+def wanting(shop: EcommerceStand, objects: str, volume: str = "mount") -> MountSpec:
+    """The mount of a class with these objects by the shop's pod."""
+    pod = shop.pod
+    return MountSpec(
+        pod=Pod(pod.namespace, pod.name, pod.uid, pod.service_account),
+        class_name="shapes",
+        target_path=f"/pods/{pod.uid}/{volume}",
+        server=VaultServer(shop.openbao.address, "", TlsSettings()),
+        login=Login("kubernetes", "shapes", None),
+        objects=parse_class(objects).objects,
+        tokens={audience: Sensitive(jwt) for audience, jwt in (shop.tokens(pod) or {}).items()},
+    )
+
+
+class Programs:
+    """Counts the programs that a node's sandbox is asked to run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[Program] = []
+        self.slow = False
+        run = Sandbox.run
+
+        async def counting(sandbox: Sandbox, programs: Sequence[Program], *, slow: bool = False) -> list[Result]:
+            self.ran += programs
+            self.slow = slow
+            return await run(sandbox, programs, slow=slow)
+
+        monkeypatch.setattr(Sandbox, "run", counting)
+
+
+APP = "secretPath: ecommerce/data/app"
+
+
+async def test_every_shape_in_one_mount(node: Node, shop: EcommerceStand, counted: Counted) -> None:
+    """One read serves them all; each file is what its shape says, with its mode; each object has one version."""
+    files = await node.mount(
+        wanting(
+            shop,
+            f"""
+            - {{objectName: plain, {APP}, secretKey: password}}
+            - {{objectName: keys, {APP}, secretKey: "*", excludes: [nested], filePermission: 0400}}
+            - {{objectName: one, {APP}, jmesPath: "nested.a[0]"}}
+            - {{objectName: two, {APP}, secretKey: text, jmesPath: b}}
+            - {{objectName: app.yaml, {APP}, format: yaml}}
+            - {{objectName: app.conf, {APP}, template: "{{{{ secret.password | shell }}}}"}}
+            """,
+        )
+    )
+    assert files == {
+        "plain": b"it's",
+        "keys/password": b"it's",
+        "keys/text": b'{"b": 2}',
+        "keys/user": b"web",
+        "one": b"1",
+        "two": b"2",
+        "app.yaml": files["app.yaml"],
+        "app.conf": b"'it'\\''s'",
+    }
+    assert yaml.safe_load(files["app.yaml"])["nested"] == {"a": [1]}
+    assert counted("ecommerce/data/app") == 1
+
+
+async def test_versions(node: Node, shop: EcommerceStand) -> None:
+    """One version an object, over its definition and all its files; equal while they are, another when one changes."""
+    spec = wanting(shop, f"- {{objectName: k, {APP}, secretKey: '*'}}\n- {{objectName: t, {APP}, template: x}}")
+    first = await node.mounter.mount(spec)
+    assert await node.mounter.mount(spec) == first
+    assert [name for name, _ in first.versions] == ["k", "t"]
+    files = [(file.path, file.contents) for file in first.files if file.path != "t"]
+    assert dict(first.versions)["k"] == shaped_version(KEY, spec.objects[0], files)
+    assert shaped_version(None, spec.objects[0], files) == ""
+    versions = {
+        shaped_version(KEY, wanting(shop, f"- {{objectName: k, {APP}, {fields}}}").objects[0], files)
+        for fields in (
+            "secretKey: '*'",
+            "secretKey: '*', includes: [a]",
+            "secretKey: '*', excludes: [a]",
+            "secretKey: '*', encoding: hex",
+            "secretKey: '*', format: yaml",
+            "secretKey: '*', filePermission: 0600",
+            "jmesPath: a",
+            "jmesPath: b",
+            "secretKey: c, jmesPath: a",
+            "secretKey: c, format: yaml",
+            "format: json",
+            "format: toml",
+            "format: pkcs12",
+            "format: pkcs12, alias: a",
+            "format: pkcs12, legacy: true",
+            "format: pkcs12, passwordFrom: {secretPath: b, secretKey: c}",
+            "format: pkcs12, passwordFrom: {secretPath: b, secretKey: d}",
+            "template: x",
+            "template: y",
+            "template: x, sources: {a: {secretPath: b}}",
+            "template: x, sources: {c: {secretPath: b}}",
+            "template: x, sources: {a: {secretPath: b, jmesPath: c}}",
+        )
+    }
+    assert len(versions) == 22
+    assert shaped_version(KEY, spec.objects[0], [*files, ("k/z", b"")]) not in versions
+    assert shaped_version(KEY, spec.objects[0], [(files[0][0], files[0][1] + b"k/z")]) not in versions
+    assert object_version(KEY, wanting(shop, f"- {{objectName: k, {APP}}}").objects[0], b"") not in versions
+
+
+async def test_a_template_is_rendered_again_only_when_a_source_changed(
+    node: Node, shop: EcommerceStand, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leased sources stay, static ones are read again; what is unchanged is not run again; volumes are apart."""
+    programs = Programs(monkeypatch)
+    spec = wanting(
+        shop,
+        f"""
+        - objectName: app.json
+          sources:
+            database: {{secretPath: {CREDS}}}
+            app: {{secretPath: ecommerce/data/shared/config}}
+          template: '{{"user": {{{{ database.username | json }}}}, "key": {{{{ app.api_key | json }}}}}}'
+        - objectName: user
+          secretPath: {CREDS}
+          secretKey: username
+        - objectName: found
+          {APP}
+          jmesPath: user
+        """,
+    )
+    first = await node.mount(spec)
+    assert json.loads(first["app.json"]) == {"user": first["user"].decode(), "key": shop.api_key}
+    assert len(programs.ran) == 1 + 2  # the check, and both programs
+    assert await node.mount(spec) == first
+    assert len(programs.ran) == 3
+    shop.rotate_api_key("shop-key-0002")
+    try:
+        second = await node.mount(spec)
+    finally:
+        shop.rotate_api_key(shop.api_key)
+    assert json.loads(second["app.json"]) == {"user": first["user"].decode(), "key": "shop-key-0002"}
+    assert len(programs.ran) == 4
+    assert counted(CREDS) == 1
+
+
+async def test_keystores_stay_the_same(node: Node, shop: EcommerceStand, tmp_path: Path) -> None:
+    """Over re-mounts, and made anew by another process, a keystore is equal byte for byte, and so is its version."""
+    spec = wanting(
+        shop,
+        """
+        - &tls
+          objectName: tls.p12
+          secretPath: pki/issue/web
+          method: PUT
+          secretArgs: {common_name: shop.example}
+          format: pkcs12
+          passwordFrom: {secretPath: ecommerce/data/app, secretKey: user}
+        - {<<: *tls, objectName: legacy.p12, legacy: true}
+        - {<<: *tls, objectName: tls.pem, format: pem, passwordFrom: null}
+        - {<<: *tls, objectName: all.json, format: null, passwordFrom: null}
+        """,
+    )
+    first = await node.mounter.mount(spec)
+    assert await node.mounter.mount(spec) == first
+    made = {file.path: file.contents for file in first.files}
+    opened = load_pkcs12(made["tls.p12"], b"web")
+    assert opened.cert is not None
+    assert opened.cert.certificate.public_bytes(Encoding.PEM) in made["tls.pem"] + b"\n"
+    answers = [json.loads(made["all.json"]), {"data": {"data": {"user": "web"}}}]
+    script = (
+        "import asyncio, json, sys; from provider.render import Answered, Renderer; "
+        "from tests.spc_classes import parse_class; given = json.load(sys.stdin); "
+        "(spec,) = parse_class(given['class']).objects; "
+        "((file,),) = asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])])); "
+        "print(file.contents.hex())"
+    )
+    text = (
+        "- {objectName: tls.p12, secretPath: pki/issue/web, method: PUT, format: pkcs12,"
+        " passwordFrom: {secretPath: ecommerce/data/app, secretKey: user}}"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        input=json.dumps({"class": text, "answers": answers}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert bytes.fromhex(done.stdout) == made["tls.p12"]
+
+
+# -- what is not there ---------------------------------------------------------------------------------------------
+
+
+async def test_an_optional_secret_comes_when_it_appears(node: Node, shop: EcommerceStand) -> None:
+    """A missing path or key leaves the file out, and its version says so; once written, the next re-mount has it."""
+    spec = wanting(
+        shop,
+        f"""
+        - {{objectName: user, {APP}, secretKey: user}}
+        - {{objectName: later, secretPath: ecommerce/data/later, secretKey: a, optional: true}}
+        - {{objectName: key, {APP}, secretKey: absent, optional: true}}
+        - {{objectName: found, {APP}, jmesPath: absent, optional: true}}
+        - {{objectName: keys, {APP}, secretKey: "*", includes: [absent], optional: true}}
+        - {{objectName: made, {APP}, template: "{{{{ b.a }}}}", sources: {{b: {{secretPath: ecommerce/data/later}}}},
+           optional: true}}
+        """,
+    )
+    first = await node.mounter.mount(spec)
+    assert [file.path for file in first.files] == ["user"]
+    assert [version == "absent" for _, version in first.versions] == [False, True, True, True, True, True]
+    shop.openbao.write_kv("ecommerce/data/later", {"a": "b"})
+    try:
+        second = await node.mounter.mount(spec)
+    finally:
+        shop.openbao.api("DELETE", "ecommerce/metadata/later")
+    assert {file.path: file.contents for file in second.files} == {"user": b"web", "later": b"b", "made": b"b"}
+    assert [version == "absent" for _, version in second.versions] == [False, False, True, True, True, False]
+    assert await node.mounter.mount(spec) == first
+
+
+async def test_a_denial_is_never_optional(node: Node, shop: EcommerceStand) -> None:
+    """A 403 fails the mount, also where another source of the object is missing, or the volume has other files."""
+    both = "secretPath: ecommerce/data/no, sources: {b: {secretPath: other/app}}, template: x"
+    for fields in ("secretPath: other/data/app", both):
+        error = await node.failure(
+            wanting(
+                shop,
+                f"- {{objectName: user, {APP}}}\n- {{objectName: a, {fields}, optional: true}}",
+            )
+        )
+        assert error.code is Code.PERMISSION_DENIED
+        assert 'object "a"' in str(error)
+        assert '"other/' in str(error)
+
+
+async def test_a_mount_without_a_file_is_an_error(node: Node, shop: EcommerceStand) -> None:
+    """The driver would leave the old files where they are, so it is told."""
+    error = await node.failure(wanting(shop, "- {objectName: a, secretPath: ecommerce/data/no, optional: true}"))
+    assert isinstance(error, SecretNotFound)
+    assert "the mount comes to no file" in str(error)
+
+
+async def test_the_first_failing_object_decides_the_code(node: Node, shop: EcommerceStand) -> None:
+    """Whether reading or rendering failed, objects fail in the order of the class."""
+    found = f"- {{objectName: b, {APP}, jmesPath: absent}}\n"
+    denied = "- {objectName: a, secretPath: other/data/app}\n"
+    assert (await node.failure(wanting(shop, found + denied))).code is Code.NOT_FOUND
+    assert (await node.failure(wanting(shop, denied + found))).code is Code.PERMISSION_DENIED
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+async def test_files_that_collide_are_named(node: Node, shop: EcommerceStand) -> None:
+    """A key's file that is another object's, or its directory, is an error that names both."""
+    shop.openbao.write_kv("ecommerce/data/same", {"user": "1", "sub": "2"})
+    keys = "- {objectName: ., secretPath: ecommerce/data/same, secretKey: '*'}\n"
+    for other, how in (
+        (f"- {{objectName: user, {APP}, secretKey: user}}", 'its file "user" is also a file of object "user"'),
+        (
+            f"- {{objectName: sub/x, {APP}, secretKey: user}}",
+            'its file "sub" is a directory to "sub/x" of object "sub/x"',
+        ),
+    ):
+        error = await node.failure(wanting(shop, keys + other))
+        assert isinstance(error, BadSecret)
+        assert how in str(error)
+    directory = "- {objectName: d, secretPath: ecommerce/data/same, secretKey: '*', includes: [user]}\n"
+    files = await node.mount(wanting(shop, directory + f"- {{objectName: d/x, {APP}, secretKey: user}}"))
+    assert files == {"d/user": b"1", "d/x": b"web"}
+
+
+async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes], list[ProviderError]]:
+    """What objects come to, with the data of one source each, without a Vault."""
+    made = Renderer()
+    specs = parse_class(objects).objects
+    responses = [{"data": one} for one in data]
+    try:
+        results = await made.render("volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs])
+    finally:
+        await made.close()
+    files = [file for result in results if isinstance(result, tuple) for file in result]
+    return {file.path: file.contents for file in files}, [r for r in results if isinstance(r, ProviderError)]
+
+
+@pytest.mark.parametrize("name", [".", "d"])
+async def test_keys_that_are_no_names_are_named(name: str) -> None:
+    """Each is told with its reason; one that is excluded does no harm."""
+    text = f"- {{objectName: {name}, secretPath: b, secretKey: '*', excludes: ['^fine/']}}"
+    bad = {"a/b": "", "..": "", ".": "", "": "", "x" * 256: "", "nul\0": "", "\ud800": "c4nary"}
+    for key, value in bad.items():
+        _, (error,) = await rendered(text, {"ok": "1", "fine/x": "2", key: value})
+        assert isinstance(error, BadSecret)
+        assert "is no file's name" in error.what
+        assert "c4nary" not in str(error)
+    files, _ = await rendered(text, {"ok": "1", "fine/x": "2", "...": "3"} if name == "d" else {"ok": "1"})
+    assert files == ({"d/ok": b"1", "d/...": b"3"} if name == "d" else {"ok": b"1"})
+    _, (error,) = await rendered(text, bad)
+    assert error.what.count('"') >= 8
+    assert "and 4 more" in error.what
+
+
+async def test_includes_and_excludes() -> None:
+    """Excludes come first; without includes every other key is taken; both are found anywhere in the key."""
+    data = {"DB_USER": "1", "DB_PASSWORD": "2", "API_KEY": "3", "db_x": "4"}
+    for fields, kept in (
+        ("includes: ['^DB_']", {"DB_USER", "DB_PASSWORD"}),
+        ("includes: ['^DB_'], excludes: [PASS]", {"DB_USER"}),
+        ("excludes: [_]", set()),
+        ("includes: ['(?i)^db', KEY]", set(data)),
+        ("excludes: ['^A']", {"DB_USER", "DB_PASSWORD", "db_x"}),
+    ):
+        files, errors = await rendered(f"- {{objectName: ., secretPath: b, secretKey: '*', {fields}}}", data)
+        assert files.keys() == kept
+        assert [type(error) for error in errors] == ([] if kept else [SecretNotFound])
+
+
+@pytest.mark.parametrize(
+    ("fields", "data", "told"),
+    [
+        ("secretKey: '*', encoding: hex", {"a": "c4nary"}, 'the value from key "a" of GET b is not valid hex'),
+        ("secretKey: '*', format: dotenv", {"a": {"b-c": "c4nary"}}, 'key "b-c" cannot be written as dotenv'),
+        ("format: toml", {"a": None, "b": "c4nary"}, 'key "a" cannot be written as toml: it is null'),
+        ("format: yaml", {"a": "c4nary\ud800"}, "holds a character that is no Unicode text"),
+        ("jmesPath: a", {"b": "c4nary"}, "jmesPath on GET b finds nothing"),
+        ("jmesPath: 'length(a)'", {"a": 1, "b": "c4nary"}, "its jmesPath: it calls a function with a value"),
+        ("secretKey: a, jmesPath: b", {"a": "c4nary"}, "its jmesPath: it is of a value that holds no JSON"),
+        ("secretKey: b, jmesPath: b", {"a": "c4nary"}, 'GET b has no key "b" (it has 1 key)'),
+        ("jmesPath: a, encoding: base64", {"a": "c4nary!"}, "the value from jmesPath on GET b is not valid base64"),
+        ("template: '{{ secret.b }}'", {"a": "c4nary"}, 'its template: line 1 speaks of "b", which is not defined'),
+        ("format: pem", {"a": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
+        ("format: pkcs12", {"a": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
+        (
+            "format: pkcs12, passwordFrom: {secretPath: c, secretKey: d}",
+            {"a": "c4nary", "d": ["c4nary"]},
+            "the password of passwordFrom is no string",
+        ),
+        ("format: json", None, "the answer to GET b has no data"),
+        ("format: json", ["c4nary"], "is not a map"),
+    ],
+)
+async def test_what_cannot_be_made_is_told(fields: str, data: Any, told: str) -> None:
+    """The error names object, request and key, and has nothing of a value."""
+    _, (error,) = await rendered("- {objectName: o, secretPath: b, " + fields + "}", data, data)
+    assert error.what.startswith('object "o": ')
+    assert told in error.what
+    assert "c4nary" not in str(error) + repr(error)
+    assert error.advice
+
+
+@pytest.mark.parametrize("fields", ["template: x", "jmesPath: a", "format: pkcs12", "format: json"])
+async def test_data_that_nests_endlessly_is_told(fields: str) -> None:
+    """Such data is an error of its object, not a crash."""
+    nested: Any = "c4nary"
+    for _ in range(100_000):
+        nested = [nested]
+    _, (error,) = await rendered("- {objectName: o, secretPath: b, " + fields + "}", {"a": nested})
+    assert "nested too deeply" in error.what
+
+
+async def test_a_wrong_template_is_told_before_anything_is_read(
+    node: Node, shop: EcommerceStand, counted: Counted
+) -> None:
+    """Every template of the class is checked, each fault with object and line; Vault is not asked."""
+    error = await node.failure(
+        wanting(
+            shop,
+            f"""
+            - {{objectName: a, {APP}, template: "x\\n{{% if %}}"}}
+            - {{objectName: b, {APP}, template: "{{{{ nosuch }}}}"}}
+            - {{objectName: c, {APP}, template: "{{{{ secret.user }}}}"}}
+            """,
+        )
+    )
+    assert isinstance(error, InvalidClass)
+    assert error.faults == (
+        "objects (a) template: line 2 is not a template of Jinja2: Expected an expression, got 'end of statement block'"
+        " (see https://jinja.palletsprojects.com/templates)",
+        'objects (b) template: line 1 speaks of "nosuch", which is not defined (check the name, or the secret: '
+        "{{ x | default('') }} allows it)",
+    )
+    assert counted("ecommerce/data/app") == 0
+
+
+async def test_a_hostile_template_fails_its_own_mount_alone(node: Node, shop: EcommerceStand) -> None:
+    """While one mount's template loops, others are mounted, and it ends with an error that says why."""
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    looping = asyncio.create_task(
+        node.failure(wanting(shop, f'- {{objectName: loop, {APP}, template: "{loop}"}}', "hostile"))
+    )
+    mounted = 0
+    while not looping.done():
+        assert await node.mount(wanting(shop, f"- {{objectName: u, {APP}, secretKey: user}}")) == {"u": b"web"}
+        mounted += 1
+    error = await looping
+    assert error.code is Code.FAILED_PRECONDITION
+    assert 'object "loop": its template: it took more than 1 s of processor time' in str(error)
+    assert mounted > 20
+
+
+async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest volumes are forgotten beyond the number and the bytes that are kept, and so are checked templates."""
+    monkeypatch.setattr(renderer, "MAX_VOLUMES", 2)
+    monkeypatch.setattr(renderer, "MAX_CHECKED", 1)
+    monkeypatch.setattr(renderer, "MAX_REMEMBERED", 100)
+    made = Renderer()
+
+    def object_of(text: str) -> ObjectSpec:
+        return parse_class("- {objectName: o, secretPath: b, template: '" + text + "'}").objects[0]
+
+    try:
+        await made.check([object_of("a"), object_of("b")])
+        assert len(made._checked) == 1
+        for number in range(4):
+            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 30}}])])
+            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "y" * 30}}])])
+        assert list(made._remembered) == ["2", "3"]
+        await made.render("5", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 90}}])])
+        assert list(made._remembered) == ["5"]
+        await made.render("6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])])
+        assert list(made._remembered) == []
+        assert made._size == 0
+    finally:
+        await made.close()
+
+
+async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy node may be why a program did not end, so it is run again; one that fails by itself is not."""
+    programs = Programs(monkeypatch)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for text, runs in ((loop, 2), ("{{ 1 / 0 }}", 1)):
+        (spec,) = parse_class("- {objectName: o, secretPath: b, template: '" + text + "'}").objects
+        made = Renderer()
+        programs.ran.clear()
+        try:
+            for _ in range(2):
+                (result,) = await made.render("volume", [Answered(spec, [{"data": {}}])])
+                assert isinstance(result, BadSecret)
+        finally:
+            await made.close()
+        assert len(programs.ran) == runs
+        assert programs.slow is (runs == 2)
+
+
+async def test_output_is_within_what_a_volume_holds() -> None:
+    """A template that comes to more than the driver takes is told as such, at its object."""
+    text = "- {objectName: o, secretPath: b, template: '{% for i in range(9) %}{{ secret.a }}{% endfor %}'}"
+    _, (error,) = await rendered(text, {"a": "x" * (MAX_MOUNT_BYTES // 8)})
+    assert "comes to more than 4 MiB" in error.what
+
+
+def test_classes_without_these_fields_import_nothing_new() -> None:
+    """Parsing and rendering a plain class loads no template engine, no expression engine, no keystore, no sandbox."""
+    script = """
+import asyncio, sys
+import provider.cli.parts
+from provider.render import Renderer, render_plain
+from tests.spc_classes import parse_class
+spec = parse_class("- {objectName: a, secretPath: b, secretKey: c, optional: true}\\n- {objectName: d, secretPath: b}")
+async def main():
+    made = Renderer()
+    assert [render_plain(one, {"data": {"c": "x"}})[:1] for one in spec.objects if one.plain] == [b"x", b"{"]
+    await made.check(spec.objects)
+    await made.close()
+asyncio.run(main())
+new = ("jinja2", "markupsafe", "jmespath", "re2", "provider.sandbox.process", "provider.sandbox.worker",
+       "provider.render.pki", "provider.render.keystore", "cryptography.hazmat.primitives.serialization.pkcs12")
+print([name for name in new if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
