@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ import pytest
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 
+from provider.sandbox.quoting import pem_blocks
+from tests.properties import read_properties
 from tests.stand.driver import Driver, MountOutcome
 from tests.stand.kubeapi import KubeApi, Pod
 from tests.stand.openbao import OpenBao, find_binary
@@ -180,6 +185,84 @@ def check_tls(world: World, mounted: MountOutcome) -> None:
     assert mounted.text("token") == "example-token-1"
 
 
+def check_all_keys(world: World, mounted: MountOutcome) -> None:
+    """Each key is a file, at the root and in a directory, and what is excluded is none."""
+    assert mounted.text("username") == "shop"
+    assert mounted.text("password") == "correct-horse-battery-staple"
+    assert mounted.text("tls/tls.crt") == "example-certificate"
+    assert mounted.files.keys() == {"username", "password", "tls/tls.crt", "tls/tls.key"}
+
+
+def check_document_value(world: World, mounted: MountOutcome) -> None:
+    """One value out of a list, one out of a text of JSON, and a map as properties."""
+    assert mounted.text("password-of-b") == "example-b"
+    assert mounted.text("user") == "shop"
+    assert mounted.text("login.properties") == "pin=1234\nuser=shop\n"
+
+
+def check_formats(world: World, mounted: MountOutcome) -> None:
+    """Each format's own reader gives the secret back."""
+    secret = {"DB_USER": "shop", "DB_PASSWORD": 'it\'s a $ecret # with = and "quotes"', "DB_HOST": "db.example.com"}
+    assert json.loads(mounted.text("app.json")) == secret
+    assert yaml.safe_load(mounted.text("app.yaml")) == secret
+    assert tomllib.loads(mounted.text("app.toml")) == secret
+    assert read_properties(mounted.text("app.properties")) == secret
+    read = subprocess.run(
+        ["/bin/sh", "-eu"],
+        input=f'. {mounted.target}/app.env; printf \'%s\\0\' "$DB_HOST" "$DB_PASSWORD" "$DB_USER"',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert read.stdout.split("\0")[:-1] == [secret[name] for name in sorted(secret)]
+
+
+def check_keystore(world: World, mounted: MountOutcome) -> None:
+    """All three hold the same key and certificate, and open with the password of the other secret."""
+    text = mounted.read("tls.pem")
+    assert [label for label, _ in pem_blocks(text.decode())][1:] == ["CERTIFICATE", "CERTIFICATE"]
+    certificates = x509.load_pem_x509_certificates(text)
+    key = load_pem_private_key(text, password=None)
+    certificates[0].verify_directly_issued_by(certificates[1])
+    for name in ("tls.p12", "legacy.p12"):
+        opened = load_pkcs12(mounted.read(name), b"example-changeit")
+        assert opened.cert is not None
+        assert opened.key is not None
+        assert opened.cert.certificate == certificates[0]
+        assert opened.key.public_key() == key.public_key() == certificates[0].public_key()
+        assert opened.cert.friendly_name == {"tls.p12": b"web", "legacy.p12": b"tls"}[name]
+        assert [link.certificate for link in opened.additional_certs] == certificates[1:]
+
+
+def check_legacy_app(world: World, mounted: MountOutcome) -> None:
+    """The file is JSON; the account of one lease opens the database; the keys are those of the other secret."""
+    config = json.loads(mounted.text("config.json"))
+    database = config["database"]
+    assert world.postgres.can_login(database["username"], database["password"])
+    assert (database["host"], database["port"], database["database"]) == ("postgres.example.com", 5432, "shop")
+    assert config["api_keys"] == {"external_api_key": "example-key-1", "webhook_secret": 'quoted "secret"'}
+
+
+def check_config_files(world: World, mounted: MountOutcome) -> None:
+    """One account is in psql's file and in Java's, and opens the database; nginx's include has both headers."""
+    host, port, database, user, password = mounted.text(".pgpass").removesuffix("\n").split(":")
+    assert (host, port, database) == ("db.example.com", "5432", "shop")
+    assert world.postgres.can_login(user, password)
+    properties = read_properties(mounted.text("database.properties"))
+    assert (properties["jdbc.username"], properties["jdbc.password"]) == (user, password)
+    assert properties["jdbc.url"] == "jdbc:postgresql://db.example.com:5432/shop"
+    include = mounted.text("upstream-auth.conf")
+    assert 'proxy_set_header Authorization "Bearer example-token-1";\n' in include
+    assert f'"{base64.b64encode(b"shop:example-token-1").decode()}"' in include
+
+
+def check_optional(world: World, mounted: MountOutcome) -> None:
+    """The file of the secret that is not there is left out, and its version says so."""
+    assert mounted.files.keys() == {"password"}
+    assert mounted.versions["feature-flags.json"] == "absent"
+    assert mounted.versions["password"] != "absent"
+
+
 CHECKS: dict[str, Callable[[World, MountOutcome], None]] = {
     "kv": check_kv,
     "database": check_database,
@@ -187,6 +270,13 @@ CHECKS: dict[str, Callable[[World, MountOutcome], None]] = {
     "sync-secret": check_sync,
     "ecommerce": check_ecommerce,
     "namespace-and-tls": check_tls,
+    "all-keys": check_all_keys,
+    "document-value": check_document_value,
+    "formats": check_formats,
+    "keystore": check_keystore,
+    "legacy-app": check_legacy_app,
+    "config-files": check_config_files,
+    "optional": check_optional,
 }
 
 
@@ -210,14 +300,24 @@ def test_example_mounts(world: World, name: str, tokens: str) -> None:
         mounted = driver.mount(pod, parameters, tokens=sent)
         assert world.kube.count("POST", requests) - before == (0 if sent else 1)
         objects = yaml.safe_load(parameters["objects"])
-        assert {path: file.mode for path, file in mounted.files.items()} == {
-            entry["objectName"]: entry.get("filePermission", 0o644) for entry in objects
-        }
+        for entry in objects:
+            own = files_of(entry, mounted)
+            assert own or entry.get("optional"), entry["objectName"]
+            assert {mounted.files[path].mode for path in own} <= {entry.get("filePermission", 0o644)}
+        assert mounted.versions.keys() == {entry["objectName"] for entry in objects}
         for path, file in mounted.files.items():
             assert stat.S_IMODE((mounted.target / path).stat().st_mode) == file.mode
         CHECKS[name](world, mounted)
         for copy in secret_class["spec"].get("secretObjects", []):
             assert {entry["objectName"] for entry in copy["data"]} <= mounted.files.keys()
+
+
+def files_of(entry: dict[str, Any], mounted: MountOutcome) -> list[str]:
+    """The paths of an object's files; with all keys at the volume's root, those that lie there."""
+    name = entry["objectName"]
+    if entry.get("secretKey") != "*":
+        return [path for path in mounted.files if path == name]
+    return [path for path in mounted.files if os.path.dirname(path) == ("" if name == "." else name)]
 
 
 def sent_tokens(world: World, pod: Pod, parameters: dict[str, str]) -> dict[str, str]:
