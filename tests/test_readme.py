@@ -16,6 +16,8 @@ import yaml
 
 from provider.cli import flags
 from provider.errors import MAX_MESSAGE_BYTES, Code
+from provider.sandbox.process import MAX_OUTPUT
+from provider.sandbox.worker import CPU_SECONDS, FILTERS, MEMORY_BYTES
 from provider.settings import (
     MAX_MOUNT_BYTES,
     MAX_OBJECTS,
@@ -25,8 +27,11 @@ from provider.settings import (
     MIB,
     Settings,
 )
-from provider.spc import Parser, objects, parameters
+from provider.spc import Parser, objects, parameters, tables
+from provider.spc.expressions import MAX_REGEXES
+from provider.spc.shapes import MAX_SOURCES
 from provider.telemetry.log import Log
+from tests.spc_classes import GIVEN
 from tests.tools import ROOT, kubectl
 
 README = (ROOT / "README.md").read_text()
@@ -228,6 +233,45 @@ def test_object_table_is_the_parsers() -> None:
     assert sorted(told) == sorted(objects.FIELDS)
 
 
+def test_field_table_is_the_parsers() -> None:
+    """The table of fields is what the parser's own table makes."""
+    found = re.search(r"<!-- fields: begin.*?-->\n(.*?)<!-- fields: end -->", README, re.DOTALL)
+    assert found is not None
+    made = tables.markdown_table(tables.OBJECT_FIELDS)
+    assert found[1] == made, "put what provider.spc.tables.markdown_table(OBJECT_FIELDS) gives between the markers"
+
+
+WISHES = [row for row in rows(section("Secrets in the form that an application reads")) if "objectName" not in row[0]]
+
+
+@pytest.mark.parametrize(
+    ("wish", "write"), [row for row in WISHES if len(row) == 2 and ":" in row[1] and row[1].startswith("`")]
+)
+def test_what_one_writes_for_a_wish_is_an_object(wish: str, write: str) -> None:
+    """Each line of "I want, write" has fields that make an object, besides a name and a path where it has none."""
+    fields = {"objectName": "a", "secretPath": "b"}
+    entries = dict(text.replace("\\|", "|").split(": ", 1) for text in re.findall(r"`([^`]+)`", write))
+    lines = [f"{name}: {value}" for name, value in (fields | entries).items()]
+    attributes = {**GIVEN, "objects": "- " + "\n  ".join(lines)}
+    spec = Parser(Settings()).parse(json.dumps(attributes), "null", "/volume", "420")
+    assert spec.warnings == ()
+    assert (
+        spec.objects[0]
+        != Parser(Settings())
+        .parse(json.dumps({**GIVEN, "objects": "- {objectName: a, secretPath: b}"}), "null", "/volume", "420")
+        .objects[0]
+    )
+    for link in re.findall(r"\]\(([^)]+)\)", wish):
+        assert (ROOT / link).exists()
+
+
+def test_filters_are_the_workers() -> None:
+    """The table of filters has each filter that templates have besides Jinja2's own, and no other."""
+    text = section("Secrets in the form that an application reads").split("### Templates")[1]
+    told = {name.partition("(")[0] for first, *_ in rows(text) for name in names(first)}
+    assert told == FILTERS.keys() - {"tojson", "b64encode"}
+
+
 def test_error_table_quotes_the_code() -> None:
     """Each message that the table quotes is one of the code's, and each code that leaves the provider is in it."""
     # Adjacent literals are one message: their seams go.
@@ -267,6 +311,11 @@ def test_limits_are_the_codes() -> None:
         "objects of a class": f"{MAX_OBJECTS:,}",
         "values in `objects`, YAML aliases followed": f"{MAX_YAML_NODES:,}",
         "files of a volume, all together": f"{MAX_MOUNT_BYTES // MIB} MiB",
+        "templates and expressions of a mount: processor time": f"{CPU_SECONDS} s",
+        "their memory": f"{MEMORY_BYTES // MIB} MiB",
+        "their output": f"{MAX_OUTPUT // MIB} MiB",
+        "sources of a template": str(MAX_SOURCES),
+        "includes and excludes of a class": str(MAX_REGEXES),
         "one response of Vault": f"{MAX_RESPONSE_BYTES // MIB} MiB",
         "time for a mount": f"{settings.mount_timeout:g} s",
         "connections to one Vault, for each namespace and TLS setting": str(settings.max_connections),
