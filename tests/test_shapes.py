@@ -484,6 +484,16 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         await made.close()
 
 
+async def test_rendering_stops_at_what_a_volume_holds() -> None:
+    """Objects after those that fill the volume are told so, and are not made."""
+    text = "\n".join(f"- {{objectName: o{n}, secretPath: b, format: json}}" for n in range(5))
+    files, errors = await rendered(text, {"a": "x" * (MAX_MOUNT_BYTES // 2)})
+    assert files.keys() == {"o0", "o1"}
+    assert len({id(error) for error in errors}) == 1
+    assert len(errors) == 3
+    assert "the volume is too large" in errors[0].what
+
+
 async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy node may be why a program did not end, so it is run again; one that fails by itself is not."""
     programs = Programs(monkeypatch)
