@@ -74,7 +74,7 @@ def test_restart_between_two_remounts(cluster: Cluster, tmp_path: Path, end: str
         assert cluster.postgres.can_login(*before)
         daemon.start()
         again = driver.remount(mounted)
-        assert daemon.said("took up the sessions of an earlier process")
+        assert daemon.said("took up sessions of another process")
         assert not again.rewritten
         assert again.files == mounted.files
         assert again.versions == mounted.versions
