@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 CONNECT_SECONDS: Final = 10.0
 # Connections that the reads of classes leave to logins, renewals, revocations and look-ups: those are short, and what
 # they keep alive must not hang on what a class reads.
-RESERVED_CONNECTIONS: Final = 8
+RESERVED_CONNECTIONS: Final = 4
 # Idle connections are ours to close, before a load balancer does it (60 s is the common least) in the middle of a
 # request. Shorter than kubelet's cadence, longer than a burst.
 KEEPALIVE_SECONDS: Final = 30.0

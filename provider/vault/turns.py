@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Hashable
+from typing import Final
+
+# Large, so that a class of fifty objects is still read at once; not larger, so that one whose reads all hang leaves
+# others more than a place or two.
+SHARE: Final = 7
 
 
 class Turns:
     """``places`` at which as many may be at one time; who must wait is let in owner by owner.
 
-    An owner takes a place only while it holds at most three times as many as then stay free, or if it holds none. So
-    a single owner holds three quarters at most; whoever comes while others never give back gets up to three quarters
-    of what is left; and where owners are many, every place is used.
+    An owner takes a place only while it holds at most SHARE times as many as then stay free, or if it holds none. So a
+    single owner holds seven eighths at most; whoever comes while others never give back gets up to seven eighths of
+    what is left; and where owners are many, every place is used.
 
     For one event loop; it is not safe between threads.
     """
@@ -54,7 +59,7 @@ class Turns:
 
     def _may(self, owner: Hashable) -> bool:
         held = self._held.get(owner, 0)
-        return self.free > 0 and (held == 0 or held + 1 <= 3 * (self.free - 1))
+        return self.free > 0 and (held == 0 or held + 1 <= SHARE * (self.free - 1))
 
     def _enter(self, owner: Hashable) -> None:
         self.free -= 1
