@@ -164,3 +164,10 @@ def test_pem_blocks_are_found_in_any_text() -> None:
     assert [label for label, _ in pem_blocks(text)] == ["A B", "C"]
     assert pem_blocks(text)[0][1] == "-----BEGIN A B-----\nYQ==\n-----END A B-----"
     assert pem_blocks("-----BEGIN A-----\nYQ==\n-----END B-----") == []
+
+
+def test_blocks_that_do_not_end_are_passed_over() -> None:
+    """A megabyte of beginnings is read once through, and the block behind them is found by itself."""
+    block = "-----BEGIN A-----\nYQ==\n-----END A-----"
+    assert pem_blocks("-----BEGIN A-----\n" * 60_000 + block) == [("A", block)]
+    assert pem_blocks("-----BEGIN A-----\n" * 60_000) == []

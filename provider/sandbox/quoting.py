@@ -10,7 +10,7 @@ from typing import Final
 _UNPRINTABLE: Final = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 _PROPERTY: Final = re.compile(r"[\\:=#!]|[^\x20-\x7e]")
 _PROPERTY_NAMES: Final = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\f": "\\f"}
-_PEM: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.+?-----END \1-----", re.DOTALL)
+_PEM_MARK: Final = re.compile(r"-----(BEGIN|END) ([A-Z0-9 ]{1,64})-----")
 
 
 class Unwritable(Exception):
@@ -85,5 +85,16 @@ def _property_escape(character: str) -> str:
 
 
 def pem_blocks(text: str) -> list[tuple[str, str]]:
-    """The PEM blocks of a text in their order: label (``CERTIFICATE``) and block, without a newline at its end."""
-    return [(found[1], found[0]) for found in _PEM.finditer(text)]
+    """The PEM blocks of a text in their order: label (``CERTIFICATE``) and block, without a newline at its end.
+
+    One pass: a text that anyone may write must not cost its length again for each block that it begins.
+    """
+    blocks: list[tuple[str, str]] = []
+    label, start = "", 0
+    for mark in _PEM_MARK.finditer(text):
+        if mark[1] == "BEGIN":
+            label, start = mark[2], mark.start()
+        elif label and mark[2] == label:
+            blocks.append((label, text[start : mark.end()]))
+            label = ""
+    return blocks
