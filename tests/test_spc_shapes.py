@@ -52,6 +52,13 @@ def test_shapes(fields: str, shape: object) -> None:
     assert spec.plain is (shape in (Whole(), SingleValue("k")) and "jmesPath" not in fields)
 
 
+@pytest.mark.parametrize("expression", ["a[0:2]", "[::2]", "[-1:]", "a[?b].c[1:]", "{a: b[:3], c: &d}"])
+def test_every_kind_of_expression_is_taken(expression: str) -> None:
+    """Slices and all else that JMESPath has pass the check, by themselves and as a source's."""
+    assert one(f"jmesPath: '{expression}'").sources[0].jmes_path == expression
+    assert parse_class(template(f"sources: {{a: {{secretPath: b, jmesPath: '{expression}'}}}}")).objects
+
+
 def test_an_expression_belongs_to_its_source() -> None:
     """The object's own and those of a template's sources are each on their own secret."""
     assert one("secretKey: k, jmesPath: 'a[0]'").sources == (Source("secret", WEB, "a[0]"),)

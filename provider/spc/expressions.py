@@ -54,7 +54,7 @@ def jmes_path(text: str) -> None:
         node = pending.pop()
         if node["type"] == "function_expression" and node["value"] not in jmespath.functions.Functions.FUNCTION_TABLE:
             raise Refused(f"calls {show(node['value'])}, which is no function", _JMESPATH_HELP)
-        pending += node["children"]
+        pending += [child for child in node["children"] if isinstance(child, dict)]
 
 
 def check_expressions(objects: Sequence[tuple[int, ObjectSpec]], findings: Findings) -> None:
