@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from provider.redact import one_line
 from provider.spc.findings import Findings, Refused, show
@@ -47,13 +47,14 @@ def jmes_path(text: str) -> None:
     import jmespath.parser
 
     try:
-        pending = [jmespath.parser.Parser().parse(text).parsed]
+        pending: list[Any] = [jmespath.parser.Parser().parse(text).parsed]
     except (jmespath.exceptions.JMESPathError, ValueError, RecursionError):
         raise Refused("is not a JMESPath expression", _JMESPATH_HELP) from None
     while pending:
         node = pending.pop()
         if node["type"] == "function_expression" and node["value"] not in jmespath.functions.Functions.FUNCTION_TABLE:
             raise Refused(f"calls {show(node['value'])}, which is no function", _JMESPATH_HELP)
+        # A slice's children are its bounds.
         pending += [child for child in node["children"] if isinstance(child, dict)]
 
 
