@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -18,13 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from provider.render import pki
-from provider.render.keystore import pkcs12
+from provider.render.keystore import _integer, _sequence, pkcs12
 from provider.sandbox.quoting import pem_blocks
 from tests.stand.pki import Authority, Certificate
 
 # What a BMPString holds; Java takes an alias beyond it too, OpenSSL does not.
 BASIC = st.characters(codec="utf-8", max_codepoint=0xFFFF)
 CANARY = "c4nary-value"
+MOMENT = datetime(2024, 1, 1)  # noqa: DTZ001  # X.509's times are UTC without saying so
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,46 @@ def test_pem_has_the_order_that_a_server_wants(issued: Issued) -> None:
     blocks = [block + "\n" for _, block in pem_blocks(text)]
     assert blocks == [leaf.key_pem.decode(), leaf.cert_pem.decode(), middle.decode(), root.decode(), issued.authority]
     assert text == "".join(blocks)
+
+
+def test_a_certificate_in_two_spellings_is_one(issued: Issued) -> None:
+    """Lines that end otherwise make no second certificate of one."""
+    again = issued.data["certificate"].replace("\n", "\r\n")
+    assert pki.pem(issued.data | {"ca_chain": [again, issued.authority]}) == pki.pem(issued.data)
+
+
+def test_the_number_of_certificates_is_bounded(issued: Issued) -> None:
+    """Each is tried as the issuer of the others, so more than any chain has are refused without being read."""
+    block = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----"
+    many = [block.format(number) for number in range(pki.MAX_CERTIFICATES)]
+    with pytest.raises(pki.Unusable, match="it has more than 32 certificates"):
+        pki.pem(issued.data | {"ca_chain": many})
+
+
+def test_primes_of_a_key_are_not_tried() -> None:
+    """Whether a key works out is for those who use it: trying its numbers would keep all other mounts waiting."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "shop")])
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, MOMENT, MOMENT).sign(key, SHA256())
+    numbers = key.private_numbers()
+    wrong = numbers.d + 2
+    integers = (
+        0,
+        numbers.public_numbers.n,
+        65537,
+        wrong,
+        numbers.p,
+        numbers.q,
+        numbers.dmp1,
+        numbers.dmq1,
+        numbers.iqmp,
+    )
+    der = _sequence(*map(_integer, integers))
+    data = {
+        "certificate": built.public_bytes(Encoding.PEM).decode(),
+        "private_key": f"-----BEGIN RSA PRIVATE KEY-----\n{b64encode(der).decode()}\n-----END RSA PRIVATE KEY-----",
+    }
+    assert pki.keystore(data, "web", "changeit", legacy=False)
 
 
 def test_a_bundle_and_a_signed_request(issued: Issued) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -18,6 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from provider.render.keystore import pkcs12
 from provider.sandbox.quoting import pem_blocks
+
+# Certificates of one object; the longest chains in use have five, and each is tried against all others.
+MAX_CERTIFICATES: Final = 32
 
 
 class Unusable(Exception):
@@ -48,6 +51,8 @@ def bundle(data: Mapping[str, Any]) -> Bundle:
     certificates = list(dict.fromkeys(block for label, block in [*own, *others] if label == "CERTIFICATE"))
     if not any(label == "CERTIFICATE" for label, _ in own):
         raise Unusable('its key "certificate" holds no certificate in PEM')
+    if len(certificates) > MAX_CERTIFICATES:
+        raise Unusable(f"it has more than {MAX_CERTIFICATES} certificates")
     keys = pem_blocks(_text(data, "private_key")) + own
     key = next((block for label, block in keys if label.endswith("PRIVATE KEY")), None)
     return Bundle(_ordered(certificates), key)
@@ -66,7 +71,9 @@ def keystore(data: Mapping[str, Any], alias: str, password: str, *, legacy: bool
         raise Unusable('it has no private key in PEM under "private_key"')
     key = None
     with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm):
-        key = load_pem_private_key(found.key.encode(), password=None)
+        # Unchecked: trying its primes holds every other thread up, for seconds where they are large, and tells no more
+        # of the key than that Vault has another one than the certificate's, which the public half tells as well.
+        key = load_pem_private_key(found.key.encode(), password=None, unsafe_skip_rsa_key_validation=True)
     if key is None:
         raise Unusable('its key "private_key" holds no private key that can be read')
     certificates = _loaded(found.certificates)
@@ -99,8 +106,12 @@ def _loaded(certificates: Sequence[str]) -> list[x509.Certificate]:
 
 
 def _ordered(certificates: Sequence[str]) -> tuple[str, ...]:
-    """The first, then whoever issued the one before, then what belongs to no chain as it came."""
-    left = dict(zip(certificates, _loaded(certificates), strict=True))
+    """The first, then whoever issued the one before, then what belongs to no chain as it came; each once."""
+    # One certificate may be there in several spellings.
+    distinct: dict[x509.Certificate, str] = {}
+    for text, certificate in zip(certificates, _loaded(certificates), strict=True):
+        distinct.setdefault(certificate, text)
+    left = {text: certificate for certificate, text in distinct.items()}
     at: str | None = certificates[0]
     order = []
     while at is not None:
