@@ -395,6 +395,11 @@ async def test_includes_and_excludes() -> None:
             {"a": "c4nary", "d": ["c4nary"]},
             "the password of passwordFrom is no string",
         ),
+        (
+            "format: pkcs12, passwordFrom: {secretPath: c, secretKey: d}",
+            {"a": "", "d": "c4nary" * 200},
+            "the password of passwordFrom is longer than 1024 characters",
+        ),
         ("format: json", None, "the answer to GET b has no data"),
         ("format: json", ["c4nary"], "is not a map"),
     ],
@@ -492,6 +497,26 @@ async def test_rendering_stops_at_what_a_volume_holds() -> None:
     assert len({id(error) for error in errors}) == 1
     assert len(errors) == 3
     assert "the volume is too large" in errors[0].what
+
+
+async def test_empty_files_fill_a_volume_too() -> None:
+    """Each file counts with its path, so that keys without values do not become millions of files."""
+    text = "\n".join(f"- {{objectName: o{n}, secretPath: b, secretKey: '*'}}" for n in range(40))
+    files, errors = await rendered(text, {str(number): "" for number in range(10_000)})
+    assert 0 < len(files) < 25 * 10_000
+    assert "the volume is too large" in errors[-1].what
+    long = f"- {{objectName: {'d' * 200}/{'e' * 200}/{'f' * 200}, secretPath: b, secretKey: '*'}}"
+    files, (error,) = await rendered(long, {str(number): "" for number in range(10_000)})
+    assert not files
+    assert "the keys of GET b come to more than 4.00 MiB" in error.what
+
+
+async def test_the_number_of_keys_is_bounded() -> None:
+    """A secret of more keys than a directory is for is refused, with the secret's path."""
+    _, (error,) = await rendered(
+        "- {objectName: d, secretPath: b, secretKey: '*'}", {str(number): "" for number in range(10_001)}
+    )
+    assert "GET b has more than 10000 keys" in error.what
 
 
 async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

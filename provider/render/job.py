@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from provider.errors import BadSecret, ProviderError
 from provider.redact import one_line
 from provider.render.values import data_of, formatted, missing, object_name, value_of, written
+from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
 from provider.spc.expressions import regex
 from provider.spc.findings import Refused
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 # Keys that one error names.
 _MAX_NAMED: Final = 3
+# Keys of a secret whose keys are files; a directory of more is of no use to anybody.
+MAX_KEYS: Final = 10_000
+# Characters of a keystore's password; no reader asks for more, and it is hashed again and again.
+MAX_PASSWORD: Final = 1024
+# Bytes that a file takes in the driver's answer besides its path and contents, at least about.
+_FILE_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,11 @@ class RenderedFile:
     path: str
     mode: int
     contents: bytes = field(repr=False)
+
+    @property
+    def weight(self) -> int:
+        """Bytes of what the volume holds: an empty file is not nothing."""
+        return len(self.contents) + len(self.path.encode()) + _FILE_BYTES
 
 
 Files: TypeAlias = tuple[RenderedFile, ...]
@@ -150,7 +162,12 @@ def _outcome(spec: ObjectSpec, result: Result) -> bytes:
 def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]) -> Files:
     includes, excludes = [regex(text) for text in shape.includes], [regex(text) for text in shape.excludes]
     prefix = "" if spec.name == "." else f"{spec.name}/"
-    files, wrong = [], []
+    if len(data) > MAX_KEYS:
+        raise BadSecret(
+            f"{object_name(spec)}: {spec.request} has more than {MAX_KEYS} keys, too many for files",
+            "name the keys that are needed by secretKey, or split the secret",
+        )
+    files, wrong, size = [], [], 0
     for key, value in sorted(data.items()):
         # A key that is no Unicode text is no file's name, and no engine could look into it.
         known = key.encode("utf-8", "replace").decode()
@@ -163,6 +180,13 @@ def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]
         where = f'key "{one_line(key, 80)}" of {spec.request}'
         contents = written(spec, value, shape.encoding, shape.format, where)
         files.append(RenderedFile(prefix + key, spec.mode, contents))
+        size += files[-1].weight
+        if size > MAX_MOUNT_BYTES:
+            raise BadSecret(
+                f"{object_name(spec)}: the keys of {spec.request} come to more than {MAX_MOUNT_BYTES / MIB:.2f} MiB, "
+                "and the driver takes no more",
+                "leave keys out by excludes, or split the secret",
+            )
     if wrong:
         more = f", and {len(wrong) - _MAX_NAMED} more" if len(wrong) > _MAX_NAMED else ""
         raise BadSecret(
@@ -207,6 +231,8 @@ def _keystore(spec: ObjectSpec, shape: Pkcs12, values: Sequence[Any]) -> bytes:
     password = values[1] if shape.password_key is not None else ""
     if not isinstance(password, str):
         raise _unusable(spec, "the password of passwordFrom is no string")
+    if len(password) > MAX_PASSWORD:
+        raise _unusable(spec, f"the password of passwordFrom is longer than {MAX_PASSWORD} characters")
     problem = ""
     try:
         return pki.keystore(values[0], shape.alias, password, legacy=shape.legacy)

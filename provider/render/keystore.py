@@ -133,7 +133,7 @@ class _Writer:
 def _filled(text: bytes) -> bytes:
     """Repeated to fill whole blocks of the hash."""
     size = -(-len(text) // _HASH_BLOCK) * _HASH_BLOCK
-    return (text * _HASH_BLOCK)[:size]
+    return (text * -(-size // len(text)))[:size]
 
 
 # -- DER (X.690) ---------------------------------------------------------------------------------------------------

@@ -138,11 +138,11 @@ def _finish(jobs: Sequence[Job], made: Made) -> list[Files | ProviderError]:
     size = 0
     for job in jobs:
         if size > MAX_MOUNT_BYTES:
-            # A thousand objects of one large secret would be gigabytes before anybody counted them.
+            # A thousand objects of one large secret would be gigabytes, or millions of files, before anybody counted.
             results.append(_TOO_LARGE)
             continue
         result = job.finish(made)
         results.append(result)
         if isinstance(result, tuple):
-            size += sum(len(file.contents) for file in result)
+            size += sum(file.weight for file in result)
     return results
