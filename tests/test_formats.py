@@ -125,6 +125,12 @@ def test_a_shell_word_is_one_word(text: str) -> None:
     [
         (Format.DOTENV, {"fine": "1", "a-b": "x"}, 'key "a-b" cannot be written as dotenv: it is no variable'),
         (Format.DOTENV, {"A": "c4nary\0"}, 'key "A" cannot be written as dotenv: it holds a NUL'),
+        (
+            Format.DOTENV,
+            {"A": "c4nary", "OPTIND": "c4nary"},
+            'key "OPTIND" cannot be written as dotenv: it is a variable',
+        ),
+        (Format.DOTENV, {"UID": "0"}, 'key "UID" cannot be written as dotenv: it is a variable that shells keep'),
         (Format.TOML, {"a": {"b": [None]}}, 'key "b" cannot be written as toml: it is null'),
         (Format.TOML, {"big": 2**63}, 'key "big" cannot be written as toml: it is an integer of more than 64 bits'),
         (Format.TOML, ["c4nary"], "the data cannot be written as toml: it is not a map of keys"),

@@ -25,6 +25,12 @@ from provider.sandbox.quoting import (
 from provider.spc.model import Format
 
 _SHELL_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Variables that a shell (dash, bash) refuses, or that read otherwise than they were written.
+_SHELL_OWN: Final = frozenset(
+    {"_", "OPTIND", "PPID", "LINENO", "UID", "EUID", "GROUPS", "RANDOM", "SRANDOM", "SECONDS", "EPOCHSECONDS"}
+    | {"EPOCHREALTIME", "HISTCMD", "DIRSTACK", "FUNCNAME", "SHELLOPTS", "BASHOPTS", "BASHPID", "BASH_ARGC"}
+    | {"BASH_ARGV", "BASH_COMMAND", "BASH_LINENO", "BASH_SOURCE", "BASH_SUBSHELL", "BASH_VERSINFO"}
+)
 _BARE_TOML_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 # YAML's longest key on one line is of 1024 characters; longer ones take a question mark.
 _LONG_KEY: Final = 1000
@@ -69,6 +75,8 @@ def _dotenv(data: object) -> str:
 def _shell_name(key: str) -> str:
     if not _SHELL_NAME.fullmatch(key):
         raise Unwritable("is no variable's name for a shell: letters, digits and _, no digit first", key)
+    if key in _SHELL_OWN:
+        raise Unwritable("is a variable that shells keep for themselves", key)
     return key
 
 
