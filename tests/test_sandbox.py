@@ -60,6 +60,9 @@ HOSTILE = {
     "a filter's attribute": "{{ ''|attr('__class__') }}",
     "format to an attribute": "{{ '{0.__class__}'.format('') }}",
     "format_map to an attribute": "{{ '{x.__class__}'.format_map({'x': ''}) }}",
+    "a cycler's address": "{{ '%s' % cycler('a') }}",
+    "a joiner's address": "{{ '%s' % joiner('a') }}",
+    "a method's address, printed": "{{ secret.keys | pprint }}",
     "a generator's frame": "{{ ([1] | map('upper')).gi_frame }}",
     "environment of a macro": "{% macro f() %}{% endmacro %}{{ f._environment }}",
     "a mapping's own": "{{ secret.update({'a': 1}) }}",
@@ -164,6 +167,12 @@ def test_pem_joins_what_lists_hold() -> None:
         ("{{ absent }}", "undefined", 1, "absent"),
         ("\n{{ s.absent | shell }}", "undefined", 2, "absent"),
         ("\n{{ s.absent | json }}{{ s.absent | pem }}", "undefined", 2, "absent"),
+        ("\n{{ s['api-key'] }}", "undefined", 2, "api-key"),
+        ("{{ s['it\\'s'] }}", "undefined", 1, "it's"),
+        ("{{ s.größe }}", "undefined", 1, "größe"),
+        ("{{ größe }}", "undefined", 1, "größe"),
+        ("{{ s | attr('b c') }}", "undefined", 1, "b c"),
+        ("{{ s['" + "x" * 200 + "'] }}", "undefined", 1, ""),
         ("\n{{ s[s.value] }}", "undefined", 2, ""),
         ("\n{{ s.map[s.value] }}", "undefined", 2, ""),
         ("\n{{ s.map | attr(s.value) }}", "undefined", 2, ""),
@@ -345,19 +354,48 @@ async def test_limits_are_told(sandbox: Sandbox, program: Program, told: str) ->
     assert isinstance(second, Failure) is ("processor" in first.what)
 
 
-async def test_slow_programs_take_turns_of_their_own(sandbox: Sandbox) -> None:
-    """One mount of those that did not end before runs at a time; others are put off at once, and nobody else waits."""
-    looping = asyncio.create_task(sandbox.run([rendering(HOSTILE["loops nested three deep"])], slow=True))
-    await asyncio.sleep(0)
-    (put_off,) = await sandbox.run([rendering("x")], slow=True)
+async def test_programs_that_may_not_end_take_turns_of_their_own(sandbox: Sandbox) -> None:
+    """Those that never ran wait for one another, those that did not end are put off, and nobody else waits."""
+    loop = rendering(HOSTILE["loops nested three deep"])
+    await one(sandbox, rendering("{{ s }}", s=1))
+    looping = asyncio.create_task(one(sandbox, loop))
+    waiting = asyncio.create_task(one(sandbox, rendering("new")))
+    # Known by its text, whatever it is run on.
+    assert await one(sandbox, rendering("{{ s }}", s=2)) == Outcome(True, False, "2")
+    assert not looping.done()
+    assert not waiting.done()
+    assert isinstance(await looping, Failure)
+    assert await waiting == Outcome(True, False, "new")
+    again = asyncio.create_task(one(sandbox, loop))
+    await asyncio.sleep(0.1)
+    put_off = await one(sandbox, Rendering(loop.text, {}))
     assert isinstance(put_off, Failure)
     assert not put_off.final
     assert "put off" in put_off.what
-    assert await one(sandbox, rendering("x")) == Outcome(True, False, "x")
-    assert not looping.done()
-    (result,) = await looping
-    assert isinstance(result, Failure)
-    assert await sandbox.run([rendering("x")], slow=True) == [Outcome(True, False, "x")]
+    assert not again.done()
+    assert isinstance(await again, Failure)
+
+
+async def test_what_is_known_of_programs_is_bounded(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least recently run are forgotten, and then count as never run; what was not run changes nothing."""
+    monkeypatch.setattr(process, "MAX_KNOWN", 3)
+    await sandbox.run([rendering(str(number)) for number in range(4)])
+    assert list(sandbox._ends) == [process._text_digest(rendering(str(number))) for number in (1, 2, 3)]
+    loop = rendering(HOSTILE["loops nested three deep"])
+    await sandbox.run([loop, rendering("3"), rendering("4")])
+    assert [sandbox._ends.get(process._text_digest(program)) for program in (loop, rendering("3"), rendering("4"))] == [
+        False,
+        True,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ 9 ** (9 ** 9) }}", "{{ [9 ** (9 ** 9), s] }}", "{% if 9 ** (9 ** 9) %}{% endif %}"]
+)
+async def test_reading_a_template_computes_nothing(sandbox: Sandbox, text: str) -> None:
+    """Whether it is a template is found without doing what it says."""
+    assert await sandbox.run([Check(text, ("s",))]) == [Outcome(False)]
 
 
 async def test_secrets_that_are_too_large(sandbox: Sandbox) -> None:
@@ -437,7 +475,16 @@ async def test_the_worker_ends_with_its_sandbox() -> None:
 
 async def test_frames_that_are_none_are_a_crash() -> None:
     """What a program writes that broke out of its language is not believed."""
-    for frame in (b"E\x00\x00\x00\x01[", b'E\x00\x00\x00\x0c["nosuch",1]', b"T\xff\xff\xff\xffabc", b"T", b""):
+    deep = b"[" * 100_000
+    for frame in (
+        b"E" + len(deep).to_bytes(4, "big") + deep,
+        b'E\x00\x00\x00\x11["deep",1e999,""]',
+        b"E\x00\x00\x00\x01[",
+        b'E\x00\x00\x00\x0c["nosuch",1]',
+        b"T\xff\xff\xff\xffabc",
+        b"T",
+        b"",
+    ):
         assert process._results((frame, False), [rendering("x")]) == [process._CRASHED]
 
 

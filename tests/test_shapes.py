@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 from provider.errors import BadSecret, Code, InvalidClass, ProviderError, SecretNotFound
 from provider.redact import Sensitive
 from provider.render import Answered, Renderer, renderer
-from provider.sandbox.process import Program, Result, Sandbox
+from provider.render.job import Job
+from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
 from provider.spc import Login, MountSpec, ObjectSpec, Pod, VaultServer
 from provider.versions import object_version, shaped_version
@@ -80,13 +81,11 @@ class Programs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[Program] = []
-        self.slow = False
         run = Sandbox.run
 
-        async def counting(sandbox: Sandbox, programs: Sequence[Program], *, slow: bool = False) -> list[Result]:
+        async def counting(sandbox: Sandbox, programs: Sequence[Program]) -> list[Result]:
             self.ran += programs
-            self.slow = slow
-            return await run(sandbox, programs, slow=slow)
+            return await run(sandbox, programs)
 
         monkeypatch.setattr(Sandbox, "run", counting)
 
@@ -489,6 +488,40 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         await made.close()
 
 
+async def test_what_is_remembered_is_forgotten_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume that is mounted no more leaves nothing of its secrets, once others are mounted."""
+    made = Renderer()
+    (spec,) = parse_class("- {objectName: o, secretPath: b, template: '{{ secret.a }}'}").objects
+    try:
+        for volume in ("gone", "kept"):
+            await made.render(volume, [Answered(spec, [{"data": {"a": "x"}}])])
+        assert list(made._remembered) == ["gone", "kept"]
+        monkeypatch.setattr(renderer, "MAX_AGE", 0.0)
+        await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])])
+        assert list(made._remembered) == ["other"]
+        assert made._size == 3
+    finally:
+        await made.close()
+
+
+async def test_a_secret_of_many_objects_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects of one mount that share a secret share the work of telling whether it changed."""
+    written: list[object] = []
+    dumps = json.dumps
+
+    def counting(value: object, **how: Any) -> str:
+        written.append(value)
+        return dumps(value, **how)
+
+    data = {"a": {str(number): number for number in range(100)}}
+    objects = parse_class("\n".join(f"- {{objectName: o{n}, secretPath: b, jmesPath: 'a.\"{n}\"'}}" for n in range(9)))
+    jobs = [Job(spec, [{"data": data}]) for spec in objects.objects]
+    monkeypatch.setattr(json, "dumps", counting)
+    renderer._prepare(jobs)
+    assert sum(value is data for value in written) == 1
+    assert len({made.digest for made in jobs}) == 9
+
+
 async def test_rendering_stops_at_what_a_volume_holds() -> None:
     """Objects after those that fill the volume are told so, and are not made."""
     text = "\n".join(f"- {{objectName: o{n}, secretPath: b, format: json}}" for n in range(5))
@@ -534,7 +567,18 @@ async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPat
         finally:
             await made.close()
         assert len(programs.ran) == runs
-        assert programs.slow is (runs == 2)
+
+
+@pytest.mark.parametrize("text", ["abc", "", "[" * 100_000])
+def test_an_answer_that_is_no_json_is_told(text: str) -> None:
+    """What a program that broke out of its language writes for JSON is an error of its object, not a crash."""
+    (spec,) = parse_class("- {objectName: o, secretPath: b, jmesPath: a}").objects
+    made = Job(spec, [{"data": {"a": "c4nary"}}])
+    made.prepare({})
+    error = made.finish({made.digest: Outcome(True, True, text)})
+    assert isinstance(error, BadSecret)
+    assert "its jmesPath comes to what cannot be read as JSON" in error.what
+    assert error.__context__ is None
 
 
 async def test_output_is_within_what_a_volume_holds() -> None:

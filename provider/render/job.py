@@ -63,8 +63,11 @@ class Job:
         self._values: list[Any] = []
         self._error: ProviderError | None = None
 
-    def prepare(self) -> None:
-        """Find the sources' values, and their digest where something is made of them that is worth remembering."""
+    def prepare(self, known: dict[int, str]) -> None:
+        """Find the sources' values, and their digest where something is made of them that is worth remembering.
+
+        ``known`` has the digests of values by their ids, for all jobs of a mount, and is added to.
+        """
         shape = self._spec.shape
         try:
             self._values = _values(self._spec, self._responses)
@@ -77,11 +80,14 @@ class Job:
         what = (shape.text,) if isinstance(shape, Template) else (type(shape).__name__, repr(shape))
         sources = [(source.alias, source.jmes_path) for source in self._spec.sources]
         try:
-            text = json.dumps([what, sources, self._values], sort_keys=True)
+            for value in self._values:
+                if id(value) not in known:
+                    known[id(value)] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         except RecursionError:
             self._error = _unusable(self._spec, "its data is nested too deeply")
             return
-        self.digest = hashlib.sha256(text.encode()).digest()
+        values = [known[id(value)] for value in self._values]
+        self.digest = hashlib.sha256(json.dumps([what, sources, values]).encode()).digest()
 
     def program(self) -> Program | None:
         """What has to be run in the sandbox; None where nothing has to."""
@@ -155,7 +161,14 @@ def _outcome(spec: ObjectSpec, result: Result) -> bytes:
     where = f"jmesPath on {spec.request}"
     if not result.found:
         raise missing(spec, f"{where} finds nothing", "check jmesPath, and the names in the secret")
-    value = json.loads(result.text) if result.json else result.text
+    value: Any = result.text
+    if result.json:
+        readable = False
+        with contextlib.suppress(ValueError, RecursionError):
+            value, readable = json.loads(result.text), True
+        if not readable:
+            # Nested more deeply than the daemon reads, or written by a program that broke out of its language.
+            raise _unusable(spec, "its jmesPath comes to what cannot be read as JSON")
     return written(spec, value, shape.encoding, shape.format, where)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # Bytes of what is remembered of all volumes, and the volumes: beyond, the least recently mounted is rendered anew.
 MAX_REMEMBERED: Final = 32 * MIB
 MAX_VOLUMES: Final = 1000
+# Seconds after which a volume that was not mounted again is forgotten: it has gone, and its secrets with it.
+MAX_AGE: Final = 3600.0
 # Templates whose text is known to be one.
 MAX_CHECKED: Final = 1000
 
@@ -51,8 +54,8 @@ class Renderer:
     def __init__(self) -> None:
         self._sandbox: Sandbox | None = None
         self._checked: OrderedDict[bytes, None] = OrderedDict()
-        self._remembered: OrderedDict[str, tuple[Made, int]] = OrderedDict()
-        self._slow: OrderedDict[str, None] = OrderedDict()  # volumes whose programs did not end when they last ran
+        # By volume, the latest mounted last: what was made, its bytes, and when.
+        self._remembered: OrderedDict[str, tuple[Made, int, float]] = OrderedDict()
         self._size = 0
 
     async def check(self, objects: Sequence[ObjectSpec]) -> None:
@@ -94,16 +97,10 @@ class Renderer:
         waiting = {job.digest: program for job in jobs if job.digest not in made and (program := job.program())}
         if waiting:
             # One process for the programs of a mount.
-            slow = volume in self._slow
-            made.update(zip(waiting, await self._run(list(waiting.values()), slow=slow), strict=True))
+            made.update(zip(waiting, await self._run(list(waiting.values())), strict=True))
         results = await asyncio.to_thread(_finish, jobs, made)
         # What may have failed for want of time is tried again.
         final = {digest: kept for digest, kept in made.items() if getattr(kept, "final", True)}
-        self._slow.pop(volume, None)
-        if len(final) < len(made):
-            self._slow[volume] = None
-            while len(self._slow) > MAX_VOLUMES:
-                self._slow.popitem(last=False)
         self._keep(volume, final)
         return results
 
@@ -112,25 +109,31 @@ class Renderer:
         if self._sandbox is not None:
             await self._sandbox.close()
 
-    async def _run(self, programs: Sequence[Program], *, slow: bool = False) -> list[Result]:
+    async def _run(self, programs: Sequence[Program]) -> list[Result]:
         if self._sandbox is None:
             from provider.sandbox.process import Sandbox
 
             self._sandbox = Sandbox()
-        return await self._sandbox.run(programs, slow=slow)
+        return await self._sandbox.run(programs)
 
     def _keep(self, volume: str, memory: Made) -> None:
         size = sum(len(kept) if isinstance(kept, bytes) else len(getattr(kept, "text", "")) for kept in memory.values())
-        before = self._remembered.pop(volume, ({}, 0))  # another mount of it may have been as fast
+        now = time.monotonic()
+        before = self._remembered.pop(volume, ({}, 0, now))  # another mount of it may have been as fast
         self._size += size - before[1]
-        self._remembered[volume] = (memory, size)
-        while self._size > MAX_REMEMBERED or len(self._remembered) > MAX_VOLUMES:
+        self._remembered[volume] = (memory, size, now)
+        while self._remembered and (
+            self._size > MAX_REMEMBERED
+            or len(self._remembered) > MAX_VOLUMES
+            or now - next(iter(self._remembered.values()))[2] > MAX_AGE
+        ):
             self._size -= self._remembered.popitem(last=False)[1][1]
 
 
 def _prepare(jobs: Sequence[Job]) -> None:
+    known: dict[int, str] = {}
     for job in jobs:
-        job.prepare()
+        job.prepare(known)
 
 
 def _finish(jobs: Sequence[Job], made: Made) -> list[Files | ProviderError]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import socket
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, assert_never
 
 from provider.errors import ProviderError
 from provider.sandbox.worker import CPU_SECONDS, MEMORY_BYTES, STARTED, WALL_SECONDS
@@ -23,10 +25,12 @@ _log = logging.getLogger(__name__)
 MAX_OUTPUT: Final = MAX_MOUNT_BYTES
 # Bytes of what they are given: Vault's largest response, of which a child holds a few copies on its way.
 MAX_INPUT: Final = MAX_RESPONSE_BYTES
-# Mounts whose programs run at one time, so that a node's boot goes on; and of those that ran out of time when they were
-# last run, so that they keep nobody waiting.
+# Mounts whose programs run at one time: of those that all ended when they were last run, so that a node's boot goes on;
+# and of those that did not or never ran, so that these keep nobody else waiting.
 MAX_AT_ONCE: Final = 2
-MAX_SLOW_AT_ONCE: Final = 1
+MAX_UNPROVEN_AT_ONCE: Final = 1
+# Programs of which it is known whether they end.
+MAX_KNOWN: Final = 5000
 # Seconds for the worker to start and load its languages, on a node that boots; and for a child to end by itself, whose
 # own time the kernel keeps.
 START_SECONDS: Final = 15.0
@@ -100,13 +104,15 @@ class Sandbox:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._turns = asyncio.Semaphore(MAX_AT_ONCE)
-        self._slow_turns = asyncio.Semaphore(MAX_SLOW_AT_ONCE)
+        self._unproven_turns = asyncio.Semaphore(MAX_UNPROVEN_AT_ONCE)
+        # Whether a program ended when it was last run, by a digest of its text.
+        self._ends: OrderedDict[bytes, bool] = OrderedDict()
 
-    async def run(self, programs: Sequence[Program], *, slow: bool = False) -> list[Result]:
+    async def run(self, programs: Sequence[Program]) -> list[Result]:
         """The result of each program; they share one second of CPU, one allowance of memory and one of output.
 
-        ``slow`` says that these, or some like them, did not end before: they are run one mount at a time, and put off
-        where that one is another.
+        Programs that did not end when they were last run, wherever that was, or that never ran, are run one mount at a
+        time, and no other program waits for them; the former are put off where one runs.
 
         Raises ProviderError where the worker cannot be started.
         """
@@ -114,18 +120,30 @@ class Sandbox:
         if request is None or len(request) > MAX_INPUT:
             return [_TOO_MUCH] * len(programs)
         wanted = _languages(programs)
-        if slow and self._slow_turns.locked():
+        texts = [_text_digest(program) for program in programs]
+        if self._unproven_turns.locked() and not all(self._ends.get(text, True) for text in texts):
             return [_PUT_OFF] * len(programs)
-        async with self._slow_turns if slow else self._turns:
+        proven = all(self._ends.get(text, False) for text in texts)
+        async with self._turns if proven else self._unproven_turns:
             for last in (False, True):
                 try:
-                    return _results(await self._ask(wanted, request), programs)
+                    results = _results(await self._ask(wanted, request), programs)
+                    self._note(texts, results)
+                    return results
                 except WorkerLost:
                     if last:
                         break
         raise ProviderError(
             "the process that runs templates and expressions does not start", "look at the node's memory"
         )
+
+    def _note(self, texts: Sequence[bytes], results: Sequence[Result]) -> None:
+        for text, result in zip(texts, results, strict=True):
+            if result is not _NOT_RUN:
+                self._ends[text] = result not in (_ENDLESS, _CRASHED)
+                self._ends.move_to_end(text)
+        while len(self._ends) > MAX_KNOWN:
+            self._ends.popitem(last=False)
 
     async def close(self) -> None:
         """End the worker. Children that still run end by their own time."""
@@ -225,6 +243,21 @@ def _languages(programs: Sequence[Program]) -> bytes:
     return b"T" * templates + b"J" * expressions
 
 
+def _text_digest(program: Program) -> bytes:
+    """A digest of what a program is, whatever it is run on."""
+    what: list[Any]
+    match program:
+        case Check(text, names):
+            what = ["check", text, names]
+        case Expression(expression, _, parse):
+            what = ["expression", expression, parse]
+        case Rendering(text, sources):
+            what = ["template", text, [(alias, expression) for alias, (_, expression) in sources.items()]]
+        case _:
+            assert_never(program)
+    return hashlib.sha256(json.dumps(what).encode()).digest()
+
+
 def _request(programs: Sequence[Program]) -> bytes | None:
     """The request; None where the data is no JSON any more."""
     data: list[Any] = []
@@ -297,7 +330,7 @@ _TOO_MUCH: Final = Failure(
     "use less of them",
 )
 _PUT_OFF: Final = Failure(
-    "it did not end when it was last run, and is put off while another such one runs",
+    "it did not end when it was last run, and is put off while another runs that may not end",
     "look for a loop that does not end",
     final=False,
 )
@@ -331,7 +364,7 @@ def _failure(text: str) -> Failure:
         told = f"({name})" if code == "expression" and name else f'"{name}"' if code in _NAMING and name else str(name)
         sentence = what.replace("{name}", told or "a name")
         return Failure(f"line {int(line)} {sentence}" if line else f"it {sentence}", advice)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _CRASHED
 
 

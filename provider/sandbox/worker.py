@@ -16,7 +16,6 @@ import binascii
 import contextlib
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -40,7 +39,8 @@ MEMORY_BYTES: Final = 64 * 1024 * 1024
 _NICENESS: Final = 10
 # What a child says first: from here on its time is its own.
 STARTED: Final = b"+"
-_WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Characters of a name that is told.
+_MAX_NAME: Final = 100
 _TEMPLATE_FILE: Final = "<template>"
 
 _environment: ImmutableSandboxedEnvironment | None = None
@@ -235,7 +235,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     """Jinja2 as templates have it: sandboxed, strict, without files, and the same each time it runs."""
     global _environment  # made once, before any fork
     if _environment is None:
-        from jinja2 import StrictUndefined
+        from jinja2 import StrictUndefined, pass_eval_context
         from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandboxed
 
         class Environment(Sandboxed):
@@ -248,14 +248,17 @@ def environment() -> ImmutableSandboxedEnvironment:
 
         made = Environment(
             undefined=StrictUndefined,
-            finalize=_written,
+            finalize=pass_eval_context(_finalized),
             keep_trailing_newline=True,
             trim_blocks=True,
             lstrip_blocks=True,
             cache_size=0,
+            # What a template computes it computes as it runs: reading it is then short work.
+            optimized=False,
         )
-        # An unchanged secret is an unchanged file, so nothing is left to chance.
-        del made.filters["random"], made.globals["lipsum"]
+        # An unchanged secret is an unchanged file, so nothing is left to chance, nor to the address of an object.
+        del made.filters["random"], made.filters["pprint"]
+        del made.globals["lipsum"], made.globals["joiner"], made.globals["cycler"]
         made.filters |= FILTERS
         _environment = made
     return _environment
@@ -270,7 +273,11 @@ def check(text: str, names: Sequence[str]) -> None:
     tree = made.parse(text)
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise Failed("include", node.lineno)
-    strange = meta.find_undeclared_variables(tree) - {*names}
+    # As meta.find_undeclared_variables does, which computes constants on its way.
+    tracking = meta.TrackingCodeGenerator(made)
+    tracking.optimizer = None
+    tracking.visit(tree)
+    strange = tracking.undeclared_identifiers - {*names}
     found = [node for node in tree.find_all(nodes.Name) if node.ctx == "load" and node.name in strange]
     if found:
         first = min(found, key=lambda node: node.lineno)
@@ -331,9 +338,16 @@ def _line(trace: TracebackType | None) -> int:
 
 def _name(message: str, text: str) -> str:
     """The name that an undefined error is about, where the template itself has it: a value may be used as a name."""
-    words = re.findall(r"'([^']*)'", message)
-    name = words[-1] if words and not message.endswith("is undefined") else (words or [""])[0]
-    return name if name in _WORD.findall(text) else ""
+    from jinja2 import nodes
+
+    told: set[str] = set()
+    with contextlib.suppress(RecursionError):
+        for node in environment().parse(text).find_all((nodes.Name, nodes.Getattr, nodes.Const)):
+            name = getattr(node, {nodes.Name: "name", nodes.Getattr: "attr"}.get(type(node), "value"))
+            if isinstance(name, str) and len(name) <= _MAX_NAME:
+                told.add(name)
+    found = [name for name in told if message == f"{name!r} is undefined" or message.endswith(f" attribute {name!r}")]
+    return max(found, key=len, default="")
 
 
 # -- filters -------------------------------------------------------------------------------------------------------
@@ -363,6 +377,11 @@ def _written(value: Any) -> Any:
         return value
     _known(value)
     raise Unwritable("is neither text nor data; a list is made by | list, a method is called by ()")
+
+
+def _finalized(_: object, value: Any) -> Any:
+    """``_written`` as Jinja2 has to call it so as not to try it on constants while it reads the template."""
+    return _written(value)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
