@@ -376,6 +376,15 @@ async def test_programs_that_may_not_end_take_turns_of_their_own(sandbox: Sandbo
     assert isinstance(await again, Failure)
 
 
+async def test_one_of_many_with_a_new_text_tells_for_all(sandbox: Sandbox) -> None:
+    """Pods of one class that come at once run their template once; as it does not end, the others are put off."""
+    loop = rendering(HOSTILE["loops nested three deep"])
+    first, *others = await asyncio.gather(*(one(sandbox, loop) for _ in range(5)))
+    assert isinstance(first, Failure)
+    assert "processor time" in first.what
+    assert others == [process._PUT_OFF] * 4
+
+
 async def test_what_is_known_of_programs_is_bounded(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently run are forgotten, and then count as never run; what was not run changes nothing."""
     monkeypatch.setattr(process, "MAX_KNOWN", 3)

@@ -121,10 +121,14 @@ class Sandbox:
             return [_TOO_MUCH] * len(programs)
         wanted = _languages(programs)
         texts = [_text_digest(program) for program in programs]
-        if self._unproven_turns.locked() and not all(self._ends.get(text, True) for text in texts):
-            return [_PUT_OFF] * len(programs)
         proven = all(self._ends.get(text, False) for text in texts)
+        occupied = self._unproven_turns.locked()
+        if occupied and not self._hopeful(texts):
+            return [_PUT_OFF] * len(programs)
         async with self._turns if proven else self._unproven_turns:
+            # A Deployment's pods come with one text: the first of them has told while the others waited.
+            if occupied and not self._hopeful(texts):
+                return [_PUT_OFF] * len(programs)
             for last in (False, True):
                 try:
                     results = _results(await self._ask(wanted, request), programs)
@@ -136,6 +140,9 @@ class Sandbox:
         raise ProviderError(
             "the process that runs templates and expressions does not start", "look at the node's memory"
         )
+
+    def _hopeful(self, texts: Sequence[bytes]) -> bool:
+        return all(self._ends.get(text, True) for text in texts)
 
     def _note(self, texts: Sequence[bytes], results: Sequence[Result]) -> None:
         for text, result in zip(texts, results, strict=True):
