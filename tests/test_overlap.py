@@ -289,3 +289,17 @@ async def test_token_that_may_not_renew_itself_lives_on_to_its_end() -> None:
         again = await node.mount(pod, *credential())
         assert again != first
         assert stage.vault.lease_of(first["user"]) in stage.vault.live_leases()
+
+
+@simulated
+async def test_session_that_ended_writes_nothing() -> None:
+    """A renewal that was waiting for the file when its pod ended does not bring the removed file back."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True), stage.pod("a")
+        await node.mount(pod, *credential())
+        (session,) = node.sessions.all()
+        await session.revoke()
+        session.file.changed = True
+        async with session.file.held():
+            pass
+        assert list(stage.state.glob("*.session")) == []

@@ -117,8 +117,8 @@ class Sessions:
                 self._hurry(other)
             else:
                 other.forget(spec.target_path)
-            if other.dirty:
-                self._spawn(other.flush())
+            if other.file.changed:
+                self._spawn(other.file.flush())
 
     async def engine_of(self, spec: MountSpec, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, where this pod's token may know it; it is not worth a failure."""
@@ -152,7 +152,7 @@ class Sessions:
             idle = now - session.mounted_at
             unused = identity not in self._busy and identity not in self._mounting
             if unused and idle > EMPTY_SESSION_SECONDS and session.holds_nothing():
-                self._finish(session, session.remove_file())
+                self._finish(session, session.file.remove())
             elif self._due_at(session) <= now:
                 self._busy.add(identity)
                 self._spawn(self._renew(identity, session))
@@ -298,7 +298,8 @@ class Sessions:
             if snapshot.identity not in self._sessions and snapshot.identity not in self._ending:
                 vault = self._servers.get(snapshot.identity.server)
                 session = Session(snapshot.identity, snapshot.pod, vault, self._around)
-                session.adopt(snapshot, entry.generation)
+                session.adopt(snapshot)
+                session.file.generation = entry.generation
                 self._add(session)
                 self._sessions.move_to_end(snapshot.identity, last=False)
                 taken += 1

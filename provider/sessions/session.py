@@ -14,19 +14,20 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
+from provider.sessions.file import SessionFile
 from provider.sessions.lifetime import Lifetime, must_replace
 from provider.sessions.model import HeldToken, Identity, Kept, LogIn, Read, Volume
 from provider.sessions.shared import SharedReads
-from provider.sessions.snapshot import Snapshot, dump, load, merge
+from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import Pod, SecretRequest
-from provider.state import Entry, StateDir, StateUnusable
+from provider.state import StateDir
 from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
@@ -91,12 +92,14 @@ class Session:
         # together, and so found together to be at their maximum, instead of a lease being replaced once for each.
         self._luck = random.random()
         self._asked = True  # whether a volume, as far as is known, mounts under this identity
-        self._ended = False
-        self._gate = asyncio.Lock()
-        self._holders = 0
-        self._hold = contextlib.AsyncExitStack()
-        self._generation = 0
-        self.dirty = False  # whether something changed that the session's file does not hold
+        self.file = SessionFile(
+            identity.key,
+            around.state,
+            around.clock,
+            adopt=self.adopt,
+            snapshot=self._snapshot,
+            about=self._about(),
+        )
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
@@ -108,9 +111,8 @@ class Session:
         """
         now = self.mounted_at = self._clock.now()
         self._asked = True
-        store = self._around.state()
-        if self._tokens and store is not None and store.generation(self.identity.key) not in (None, self._generation):
-            async with self._exclusive():  # another daemon wrote; know what it did before answering from memory
+        if self._tokens and self.file.is_behind():
+            async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         shown = self._volumes.get(volume) or Volume()
         newest = self._tokens[-1].serial if self._tokens else -1
@@ -166,7 +168,7 @@ class Session:
                 kept.volumes.discard(volume)
                 if not kept.volumes:
                     del self._kept[request]
-                self.dirty = True
+                self.file.changed = True
 
     async def _all(self, reads: Sequence[Read], mount: _Mount) -> Answers:
         answers: Answers = {}
@@ -211,7 +213,7 @@ class Session:
             return None
         if mount.volume not in kept.volumes:
             kept.volumes.add(mount.volume)
-            self.dirty = True
+            self.file.changed = True
         return kept.secret
 
     def _remembered(self, read: Read, mount: _Mount) -> VaultSecret | None:
@@ -303,21 +305,13 @@ class Session:
                 self._static.clear()
             self._static.add(request)
             if self._kept.pop(request, None) is not None:
-                self.dirty = True
+                self.file.changed = True
             return
-        now = self._clock.now()
-        life = Lifetime.start(
-            now,
-            ttl,
-            renewable=renewable,
-            percent=self._around.renew_percent,
-            luck=self._luck,
-            notice=self._notice(),
-        )
+        life = self._life(ttl, renewable=renewable)
         old = self._kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
         kept = self._kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
-        self.dirty = True
+        self.file.changed = True
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
@@ -360,17 +354,10 @@ class Session:
 
     async def _log_in(self, mount: _Mount) -> HeldToken:
         auth = await mount.log_in(mount.deadline)
-        life = Lifetime.start(
-            self._clock.now(),
-            auth.ttl,
-            renewable=auth.renewable and not auth.num_uses,
-            percent=self._around.renew_percent,
-            luck=self._luck,
-            notice=self._notice(),
-        )
+        life = self._life(auth.ttl, renewable=auth.renewable and not auth.num_uses)
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
         superseded, self._tokens = self._tokens, [*self._tokens, token]
-        self.dirty = True
+        self.file.changed = True
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
@@ -396,7 +383,7 @@ class Session:
 
     async def renew(self) -> None:
         """Renew what is due, tokens first: a lease lives at most as long as its token."""
-        async with self._exclusive():
+        async with self.file.held():
             tokens, _ = self._renewable()
             for token in tokens:
                 sure = "default" in token.auth.policies
@@ -430,7 +417,7 @@ class Session:
         if life.renew_at > self._clock.now():
             return
         about = self._about() | {"path": path}
-        self.dirty = True
+        self.file.changed = True
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 ttl = await ask(*what, life.granted, self._soon())
@@ -469,6 +456,12 @@ class Session:
         ]
         return tokens, leases
 
+    def _life(self, ttl: float, *, renewable: bool) -> Lifetime:
+        percent = self._around.renew_percent
+        return Lifetime.start(
+            self._clock.now(), ttl, renewable=renewable, percent=percent, luck=self._luck, notice=self._notice()
+        )
+
     def _notice(self) -> float:
         """How long before an end it must be known that there is no renewal any more: two re-mounts can still come."""
         return 2 * max((volume.shown_interval for volume in self._volumes.values()), default=0.0)
@@ -501,12 +494,12 @@ class Session:
 
         What fails is tried again with backoff until the token's own expiry, a day at most.
         """
-        self._ended = True
+        self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         self._kept.clear()
         self._volumes.clear()
         await asyncio.gather(*map(self._revoke_surely, self._tokens))
-        await self.remove_file()
+        await self.file.remove()
 
     async def _revoke_surely(self, token: HeldToken) -> None:
         wait = 1.0
@@ -530,10 +523,10 @@ class Session:
 
     async def let_go(self) -> None:
         """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""
-        self._ended = True
+        self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         # The file first: a re-mount that comes at once must not take up what is being revoked.
-        await self.remove_file()
+        await self.file.remove()
         for token in self._tokens:
             if not token.bears_leases and token.usable(self._clock.now()):
                 await self._revoke_quietly(token)
@@ -561,7 +554,7 @@ class Session:
         task: asyncio.Task[_T] | None = self._under_way.get(key)
         if task is not None:
             return task
-        return self._start(key, self._holding(start) if issues and self._around.state() is not None else start())
+        return self._start(key, self._holding(start) if issues and self.file.in_use else start())
 
     def _start(self, key: object, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = self._under_way[key] = asyncio.create_task(_bounded(work))
@@ -574,85 +567,18 @@ class Session:
             task.exception()  # seen: who waited may be gone, and Python would complain of an exception never read
 
     async def _holding(self, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        async with self._exclusive():
+        async with self.file.held():
             return await start()
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def adopt(self, snapshot: Snapshot, generation: int) -> None:
+    def adopt(self, snapshot: Snapshot) -> None:
         """Take over what a file holds."""
         self._tokens, self._kept = merge(self._tokens, self._kept, snapshot)
-        self._generation = generation
 
-    async def flush(self) -> None:
-        """Write what changed, if anything did."""
-        if self.dirty and not self._ended:
-            async with self._exclusive():
-                pass
-
-    async def remove_file(self) -> None:
-        """Remove the session's file, if there is one."""
-        store = self._around.state()
-        if store is not None:
-            with contextlib.suppress(StateUnusable):
-                async with store.lock(self.identity.key):
-                    store.remove(self.identity.key)
-
-    @contextlib.asynccontextmanager
-    async def _exclusive(self) -> AsyncIterator[None]:
-        """Hold the session's file against another daemon, knowing what that one wrote; write before letting go.
-
-        Tasks of this process hold it together: the first takes the lock, the last writes and lets go.
-        """
-        async with self._gate:
-            if not self._holders:
-                await self._take()
-            self._holders += 1
-        try:
-            yield
-        finally:
-            async with self._gate:
-                self._holders -= 1
-                if not self._holders:
-                    try:
-                        await self._write()
-                    finally:
-                        await self._hold.aclose()
-
-    async def _take(self) -> None:
-        store = self._around.state()
-        if store is None:
-            return
-        key = self.identity.key
-        try:
-            await self._hold.enter_async_context(store.lock(key))
-        except StateUnusable as error:
-            _log.warning("%s", error, extra=self._about())
-            return
-        generation = store.generation(key)
-        if generation is None or generation == self._generation:
-            return
-        entry = await store.load(key)
-        if entry is not None:
-            try:
-                self.adopt(load(entry.payload, self._clock), entry.generation)
-            except ValueError as error:
-                store.set_aside(key, str(error))
-
-    async def _write(self) -> None:
-        store = self._around.state()
-        if store is None or not self.dirty or self._ended:
-            return
-        self.dirty = False
+    def _snapshot(self) -> Snapshot:
         self._forget_tokens()
-        snapshot = Snapshot(self.identity, self.pod, self._tokens, list(self._kept.values()))
-        try:
-            await store.save(self.identity.key, Entry(self._generation + 1, dump(snapshot, self._clock)))
-        except StateUnusable as error:
-            self.dirty = True
-            _log.warning("%s", error, extra=self._about())
-        else:
-            self._generation += 1
+        return Snapshot(self.identity, self.pod, self._tokens, list(self._kept.values()))
 
     def _forget_tokens(self) -> None:
         """Forget tokens that are over; no read may be under way under one of them."""

@@ -113,4 +113,6 @@ class SharedReads:
         except TimeoutError:
             pass
         if engine is None:
-            self._untold[key] = self._clock.now() + UNTOLD_FOR_SECONDS
+            now = self._clock.now()
+            self._untold = {key: until for key, until in self._untold.items() if now < until}
+            self._untold[key] = now + UNTOLD_FOR_SECONDS

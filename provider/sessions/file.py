@@ -1,0 +1,126 @@
+"""A session's file in the state directory: held while the session issues, read again when another daemon wrote it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from provider.clock import Clock
+from provider.sessions.snapshot import Snapshot, dump, load
+from provider.state import Entry, StateDir, StateUnusable
+
+_log = logging.getLogger(__name__)
+
+
+class SessionFile:
+    """The file of one session, or nothing at all while ``state`` gives no directory.
+
+    ``adopt`` takes over what another daemon wrote; ``snapshot`` is what to write. ``about`` goes into log lines.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        state: Callable[[], StateDir | None],
+        clock: Clock,
+        *,
+        adopt: Callable[[Snapshot], None],
+        snapshot: Callable[[], Snapshot],
+        about: Mapping[str, object],
+    ) -> None:
+        self.changed = False
+        """Whether the session has something that its file does not hold."""
+        self.generation = 0
+        """The generation that was last read or written; 0 before the first."""
+        self._key = key
+        self._state = state
+        self._clock = clock
+        self._adopt = adopt
+        self._snapshot = snapshot
+        self._about = about
+        self._ended = False
+        self._gate = asyncio.Lock()
+        self._holders = 0
+        self._lock = contextlib.AsyncExitStack()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is a state directory."""
+        return self._state() is not None
+
+    def is_behind(self) -> bool:
+        """Whether another daemon wrote it since it was last read."""
+        store = self._state()
+        return store is not None and store.generation(self._key) not in (None, self.generation)
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Hold the file against another daemon, knowing what that one wrote; write before letting go.
+
+        Tasks of this process hold it together: the first takes the lock, the last writes and lets go.
+        """
+        async with self._gate:
+            if not self._holders:
+                await self._take()
+            self._holders += 1
+        try:
+            yield
+        finally:
+            async with self._gate:
+                self._holders -= 1
+                if not self._holders:
+                    try:
+                        await self._write()
+                    finally:
+                        await self._lock.aclose()
+
+    async def flush(self) -> None:
+        """Write what changed, if anything did."""
+        if self.changed and not self._ended:
+            async with self.held():
+                pass
+
+    def end(self) -> None:
+        """The session ends: nothing is written any more."""
+        self._ended = True
+
+    async def remove(self) -> None:
+        """Remove the file, if there is one."""
+        store = self._state()
+        if store is not None:
+            with contextlib.suppress(StateUnusable):
+                async with store.lock(self._key):
+                    store.remove(self._key)
+
+    async def _take(self) -> None:
+        store = self._state()
+        if store is None:
+            return
+        try:
+            await self._lock.enter_async_context(store.lock(self._key))
+        except StateUnusable as error:
+            _log.warning("%s", error, extra=self._about)
+            return
+        entry = await store.load(self._key) if self.is_behind() else None
+        if entry is not None:
+            try:
+                self._adopt(load(entry.payload, self._clock))
+            except ValueError as error:
+                store.set_aside(self._key, str(error))
+            else:
+                self.generation = entry.generation
+
+    async def _write(self) -> None:
+        store = self._state()
+        if store is None or not self.changed or self._ended:
+            return
+        self.changed = False
+        try:
+            await store.save(self._key, Entry(self.generation + 1, dump(self._snapshot(), self._clock)))
+        except StateUnusable as error:
+            self.changed = True
+            _log.warning("%s", error, extra=self._about)
+        else:
+            self.generation += 1
