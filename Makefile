@@ -6,6 +6,7 @@
 #   make bench   measure it, and write docs/benchmarks.md; QUICK=1 in a minute or two, docs/ left as it is
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
 #   make check   the linters and the type checker alone
+#   make tools   fetch kubectl, helm and promtool into .cache/tools, checksummed; the tests do it by themselves
 #   make stubs   generate provider/v1alpha1 from protos
 #   make schemas generate the JSON Schemas of a class from the parser's tables
 #   make lock    bring requirements/ in line with pyproject.toml
@@ -22,7 +23,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 T ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench unit check coverage stubs schemas lock upgrade clean
+.PHONY: help demo test bench unit check coverage tools stubs schemas lock upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -64,6 +65,12 @@ coverage: $(READY)
 unit: $(READY)
 	@$(BIN)/python -m pytest -q $(T)
 
+# Once: a second time there is nothing to fetch.
+tools: $(READY)
+	@$(BIN)/python -m tests.tools
+
+coverage unit: tools
+
 stubs: $(READY)
 	@$(BIN)/python protos/generate.py
 	@echo "provider/v1alpha1 is generated anew."
@@ -98,5 +105,5 @@ $(READY): requirements/dev.txt pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find provider tests protos -name __pycache__ -type d -prune -exec rm -rf {} +

