@@ -53,6 +53,10 @@ class Settings:
     log_level: str = "info"
     log_format: str = "json"
     health_addr: str = ":8080"
+    # "" for the health address, "off" for none.
+    metrics_addr: str = ""
+    # "off", "stderr", or a file's path.
+    audit_log: str = "off"
     vault_addr: str = "https://127.0.0.1:8200"
     vault_mount: str = "kubernetes"
     vault_namespace: str = ""

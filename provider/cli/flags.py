@@ -40,6 +40,11 @@ _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 # A Secret's name, as the Kubernetes API checks it.
 _SECRET_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
+DEFAULT_HEALTH_ADDRESS: Final = ":8080"
+
+# The one command; without it the program is the daemon.
+STATUS: Final = "status"
+
 # What can stand in for "vault" at the start of a flag, and for "VAULT" at the start of a variable.
 _FLAG_PREFIX, _OTHER_FLAG_PREFIX = "vault-", "openbao-"
 _ENV_PREFIX, _OTHER_ENV_PREFIX = "VAULT_", "BAO_"
@@ -77,10 +82,19 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a command line asks for: ``settings`` to serve with, or else the ``text`` to print."""
+    """What a command line asks for: ``settings`` to serve with, the ``status`` of a daemon, or the ``text`` to print."""
 
     settings: Settings | None
     text: str = ""
+    status: StatusQuery | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusQuery:
+    """Where a running daemon is to be asked, and how to print what it says: as "text" or "json"."""
+
+    address: tuple[str, int]
+    style: str
 
 
 def read_text(text: str) -> str:
@@ -127,6 +141,19 @@ def split_listen_address(text: str) -> tuple[str, int] | None:
     if found is None or not 1 <= int(found[3]) <= 65535:
         raise ValueError('host:port, :port for all interfaces, or "" for none')
     return found[1] or found[2] or "", int(found[3])
+
+
+def _read_metrics_address(text: str) -> str:
+    try:
+        return text if text == "off" else read_listen_address(text)
+    except ValueError:
+        raise ValueError('host:port, :port for all interfaces, off, or "" for the health address') from None
+
+
+def _read_audit_log(text: str) -> str:
+    if text not in ("off", "stderr") and not (text.startswith("/") and read_text(text) and not text.endswith("/")):
+        raise ValueError("off, stderr, or a file's path from /")
+    return text
 
 
 def _read_endpoint(text: str) -> str:
@@ -215,7 +242,7 @@ _SERVING, _VAULT, _CREDENTIALS, _KUBERNETES, _TELLING = (
     "Vault or OpenBao",
     "Sessions and credentials",
     "Kubernetes",
-    "Logs, health and version",
+    "Logs, metrics, health and version",
 )
 
 FLAGS: Final[tuple[Flag, ...]] = (
@@ -329,11 +356,22 @@ FLAGS: Final[tuple[Flag, ...]] = (
         "One line of json an event, or text for people.", _read_log_format,
     ),
     Flag(
-        _TELLING, "health-addr", "ADDRESS", ":8080",
+        _TELLING, "health-addr", "ADDRESS", DEFAULT_HEALTH_ADDRESS,
         'host:port of /health/live and /health/ready; "" for none.', read_listen_address, empty_counts=True,
     ),
+    Flag(
+        _TELLING, "metrics-addr", "ADDRESS", "",
+        "host:port of /metrics; empty: on the health address; off: none.", _read_metrics_address,
+    ),
+    Flag(
+        _TELLING, "audit-log", "WHERE", "off",
+        "Who got which secret when, a line of JSON each: off, stderr, or a file's path.", _read_audit_log,
+    ),
     Flag(_TELLING, "version", "", "false", "Print the version and exit.", read_bool),
-    Flag(_TELLING, "output", "FORMAT", "text", "How --version prints: text or json.", _read_log_format),
+    Flag(
+        _TELLING, "output", "FORMAT", "text", "How --version and the status command print: text or json.",
+        _read_log_format,
+    ),
 )  # fmt: skip
 
 # A setting without a flag, as Vault's own command line has it.
@@ -348,10 +386,13 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
 
     Raises InvalidSetting that names the flag or variable and what is allowed.
     """
-    given = _split(arguments)
+    wants_status = bool(arguments) and arguments[0] == STATUS
+    given = _split(arguments[1:] if wants_status else arguments)
     if given is None:
         return Command(None, help_text())
     asked = {flag.name: _from_flags(flag, given) for flag in FLAGS}
+    if wants_status:
+        return Command(None, status=_status_query(asked))
     if asked["version"]:
         return Command(None, version(asked["output"] or "text"))
     value = {
@@ -371,6 +412,8 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         log_level="debug" if value["debug"] else value["log-level"],
         log_format=value["log-format"],
         health_addr=value["health-addr"],
+        metrics_addr=value["metrics-addr"],
+        audit_log=value["audit-log"],
         vault_addr=value["vault-addr"],
         vault_mount=value["vault-mount"],
         vault_namespace=value["vault-namespace"],
@@ -394,6 +437,16 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         templates=value["templates"],
     )
     return Command(settings)
+
+
+def _status_query(asked: Mapping[str, Any]) -> StatusQuery:
+    address = asked["health-addr"]
+    found = split_listen_address(DEFAULT_HEALTH_ADDRESS if address is None else address)
+    if found is None:
+        raise InvalidSetting(
+            '--health-addr="" leaves the status command nobody to ask', "give the daemon a health address"
+        )
+    return StatusQuery(found, asked["output"] or "text")
 
 
 def _split(arguments: Sequence[str]) -> dict[str, str] | None:
@@ -491,8 +544,10 @@ def help_text() -> str:
     wider = max(len(flag.default) for flag in FLAGS)
     lines = [
         f"{PROGRAM} [flags]",
+        f"{PROGRAM} {STATUS} [--output FORMAT] [--health-addr ADDRESS]",
         "",
         "Provider of the Secrets Store CSI driver: mounts secrets of HashiCorp Vault and OpenBao into pods.",
+        f"{STATUS} asks the daemon that runs here for its sessions, leases, last mounts and last errors.",
         "",
         f"  {'Flag':{wide}}  {'Default':{wider}}  Environment",
     ]

@@ -1,0 +1,231 @@
+"""What happens in the daemon, each kind of it a type: metrics, the audit log and the status are made of these.
+
+Whoever does a thing records it once, in the words of the other rooms; who listens takes from it what it tells. No
+event holds a secret: accessors and lease ids are names, and the values that they are for are not here.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from provider.errors import ProviderError
+from provider.spc.model import Login, MountSpec, Pod, VaultServer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Whose session it is. ``class_name`` is the SecretProviderClass that last mounted with it, "" while none did."""
+
+    pod: Pod
+    login: Login
+    server: VaultServer
+    class_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class VaultRequest:
+    """One HTTP request to Vault was answered, or failed: ``status`` is 0 where no answer came.
+
+    ``mount`` is the auth or engine mount that it was for, never a secret's path. ``seconds`` counts from when it was
+    sent to when its answer was read.
+    """
+
+    server: VaultServer
+    method: str
+    mount: str
+    status: int
+    seconds: float
+
+
+class Supply(enum.Enum):
+    """Where the bytes of an object came from."""
+
+    READ = "read"  # asked of Vault, alone or together with other pods
+    KEPT = "kept"  # a lease or a certificate that the pod has
+    REMEMBERED = "remembered"  # younger than refreshAfter
+
+
+class Kind(enum.Enum):
+    """What an object is made of (docs/contract.md section 3)."""
+
+    STATIC = "static"
+    LEASED = "leased"
+    ISSUED = "issued"
+
+
+@dataclass(frozen=True, slots=True)
+class MountedObject:
+    """One object of a mount that succeeded. ``version`` is "" where there is no HMAC key.
+
+    ``request_ids`` are those of Vault's responses, one of each source.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    version: str
+    request_ids: tuple[str, ...]
+    lease_ids: tuple[str, ...]
+    kind: Kind
+    supply: Supply
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount succeeded. ``objects`` makes the list of its objects, for who wants to know them.
+
+    ``remount`` says that this process mounted the volume before, ``changed`` which objects have another version since
+    (all of them at the first). ``accessor`` is that of the pod's newest token. ``size`` is of the contents, in bytes.
+    """
+
+    spec: MountSpec
+    seconds: float
+    files: int
+    size: int
+    remount: bool
+    changed: Set[str]
+    accessor: str
+    objects: Callable[[], Sequence[MountedObject]] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class MountRefused:
+    """A mount failed: ``code`` and ``message`` are what the driver was answered.
+
+    ``spec`` is None where the class could not be read; ``pod`` and ``class_name`` are then what could be told of it.
+    ``remount`` says that this process mounted the volume before: the driver hides this failure from everybody else.
+    """
+
+    code: str
+    message: str
+    seconds: float
+    pod: Pod | None
+    class_name: str
+    target_path: str
+    spec: MountSpec | None
+    remount: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedIn:
+    """A pod logged in to Vault, or tried to: ``error`` says why not. ``ttl`` is in seconds, 0 for no end."""
+
+    spec: MountSpec
+    accessor: str
+    ttl: float
+    seconds: float
+    error: ProviderError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """Vault gave a lease or a certificate to a pod; ``again`` in place of one that could live no longer."""
+
+    who: Who
+    path: str
+    kind: Kind
+    accessor: str
+    lease_id: str
+    request_id: str
+    ttl: float
+    again: bool
+
+
+class Renewing(enum.Enum):
+    """What became of a renewal."""
+
+    RENEWED = "renewed"
+    REFUSED = "refused"  # Vault renews it no further; it lives to its end
+    GONE = "gone"
+    UNANSWERED = "unanswered"  # to be tried again
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A token (``lease_id`` "") or a lease was to be renewed. ``ttl``, in seconds, is what Vault gave."""
+
+    who: Who
+    path: str
+    accessor: str
+    lease_id: str
+    outcome: Renewing
+    ttl: float
+    seconds: float
+    reason: str
+
+
+class Revoking(enum.Enum):
+    """What became of a revocation."""
+
+    REVOKED = "revoked"
+    REFUSED = "refused"  # left to expire
+    UNANSWERED = "unanswered"  # to be tried again
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A token was to be revoked, and all that was given under it. ``why`` says what made it useless."""
+
+    who: Who
+    accessor: str
+    outcome: Revoking
+    why: str
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Pods that are gone were looked for. ``error`` is "" where the listing could be believed; ``gone`` counts pods."""
+
+    error: str
+    gone: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramEnded:
+    """A template or an expression was ended by force; ``limit`` names the bound: "cpu", "memory", "output", "time"."""
+
+    limit: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChanged:
+    """A Vault stopped (``open``) or began again to be asked: while it does not answer, mounts are refused at once."""
+
+    server: VaultServer
+    open: bool
+
+
+Event: TypeAlias = (
+    VaultRequest
+    | Mounted
+    | MountRefused
+    | LoggedIn
+    | Issued
+    | Renewal
+    | Revocation
+    | Swept
+    | ProgramEnded
+    | BreakerChanged
+)
+
+
+class Telemetry:
+    """Hands each event to all who listen. One that fails is told in the log, and disturbs nobody."""
+
+    def __init__(self, *listeners: Callable[[Event], None]) -> None:
+        self._listeners = listeners
+
+    def record(self, event: Event) -> None:
+        """Tell everybody of ``event``, now."""
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # noqa: BLE001  # telling must not fail what is told
+                _log.exception("an event was not taken", extra={"event": type(event).__name__})
