@@ -21,6 +21,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check
 T ?=
+# Twice the cores of the smallest machine that CI has: tests wait for servers more than they compute.
+WORKERS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench unit check coverage tools stubs schemas lock upgrade clean
@@ -52,10 +54,16 @@ check: $(READY)
 # These four rooms are pure, so every branch of them can be reached.
 PURE := provider/spc/*,provider/versions*,provider/errors*,provider/redact*
 
+# A module's tests share a server, so they stay together; the marker `alone` is for those that measure.
+TOGETHER := -n $(WORKERS) --dist loadscope -m "not alone"
+ALONE := -m alone
+
 coverage: $(READY)
-	@echo "== pytest: unit, property, integration, stubs, locks and the built wheel"
+	@echo "== pytest: unit, property, integration, stubs, locks and the built wheel, $(WORKERS) processes"
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage run -m pytest $(TOGETHER)
+	@echo "== pytest: what needs the machine to itself"
+	@$(BIN)/coverage run -m pytest $(ALONE)
 	@$(BIN)/coverage combine --quiet
 	@echo "== coverage, branches counted: at least 95 %"
 	@$(BIN)/coverage report --fail-under=95
@@ -63,7 +71,12 @@ coverage: $(READY)
 	@$(BIN)/coverage report --fail-under=100 --include='$(PURE)'
 
 unit: $(READY)
+ifeq ($(strip $(T)),)
+	@$(BIN)/python -m pytest -q $(TOGETHER)
+	@$(BIN)/python -m pytest -q $(ALONE)
+else
 	@$(BIN)/python -m pytest -q $(T)
+endif
 
 # Once: a second time there is nothing to fetch.
 tools: $(READY)

@@ -23,6 +23,9 @@ from tests.bench.targets import targets
 from tests.stand.latency import LatencyProxy, RequestCounter
 from tests.tools import ROOT
 
+# What is counted as a daemon's CPU or memory is its own only where nothing crowds it out.
+pytestmark = pytest.mark.alone
+
 PATHS = [f"test/{number}" for number in range(10)]
 READS = {("GET", f"/v1/bench/data/{path}"): 1 for path in PATHS}
 
