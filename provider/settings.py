@@ -31,6 +31,11 @@ MAX_PATH_ELEMENT_BYTES: Final = 255
 MAX_CONNECTIONS: Final = 64
 # Vault servers (address, namespace, TLS) with a pool of connections at a time; classes name them, so it is bounded.
 MAX_POOLS: Final = 64
+# What one pod may ask for in a minute unless the operator says otherwise: several times what ten volumes of a hundred
+# objects need while each of their mounts fails and kubelet tries again.
+MAX_POD_MOUNTS: Final = 600
+MAX_POD_OBJECTS: Final = 10_000
+MAX_POD_MIB: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +83,27 @@ class Settings:
     pod_namespace: str = ""
     revoke: bool = True
     templates: bool = True
+    # Close to tenants all that the fields below can open, each of which opens one thing.
+    hardened: bool = False
+    # Patterns as provider.spc.addresses reads them. None of them: any address, or the daemon's own alone if hardened.
+    allowed_vault_addresses: tuple[str, ...] = ()
+    # None: as ``hardened`` has it.
+    allow_skip_tls_verify: bool | None = None
+    # Where the files lie that a class may name. "": anywhere, or nowhere if hardened.
+    tls_root: str = ""
+    # Whether fields and parameters that nobody knows are faults. None: as ``hardened`` has it.
+    unknown_fields_fail: bool | None = None
+    # What one pod may ask for in a minute; 0 for no limit.
+    max_pod_mounts: int = MAX_POD_MOUNTS
+    max_pod_objects: int = MAX_POD_OBJECTS
+    max_pod_mib: int = MAX_POD_MIB
+
+    @property
+    def skipping_tls_verify_allowed(self) -> bool:
+        """Whether a class may ask not to verify Vault."""
+        return not self.hardened if self.allow_skip_tls_verify is None else self.allow_skip_tls_verify
+
+    @property
+    def unknown_fields_are_faults(self) -> bool:
+        """Whether what nobody knows in a class refuses it."""
+        return self.hardened if self.unknown_fields_fail is None else self.unknown_fields_fail

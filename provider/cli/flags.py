@@ -17,7 +17,8 @@ from typing import Any, Final
 from provider.durations import read_duration
 from provider.errors import InvalidSetting
 from provider.redact import one_line
-from provider.settings import MAX_CONNECTIONS, Settings, TlsSettings
+from provider.settings import MAX_CONNECTIONS, MAX_POD_MIB, MAX_POD_MOUNTS, MAX_POD_OBJECTS, Settings, TlsSettings
+from provider.spc.addresses import AddressPattern
 from provider.telemetry import LEVELS
 
 PROGRAM: Final = "vault-csi-provider"
@@ -30,6 +31,8 @@ MIN_MOUNT_SECONDS: Final = 0.1
 MAX_CACHE_SIZE: Final = 1_000_000
 # A thousand nodes of this many would be a million connections; a node's boot gains nothing from more.
 MOST_CONNECTIONS: Final = 1024
+# Far above what a node can do in a minute, so a larger number is a slip of the keyboard.
+MOST_POD_SHARE: Final = 10_000_000
 # More often, the API server would be asked for the pods of a node by each of them all the time.
 MIN_SWEEP_SECONDS: Final = 1.0
 
@@ -82,7 +85,7 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a command line asks for: ``settings`` to serve with, the ``status`` of a daemon, or the ``text`` to print."""
+    """What a command line asks for: ``settings`` to serve with, a daemon's ``status``, or a ``text`` to print."""
 
     settings: Settings | None
     text: str = ""
@@ -209,6 +212,33 @@ def _read_revoke(text: str) -> bool:
     return text == "pod-end"
 
 
+def _read_vault_addresses(text: str) -> tuple[str, ...]:
+    patterns = tuple(part.strip(" ") for part in text.split(",")) if text else ()
+    for pattern in patterns:
+        AddressPattern.read(pattern)
+    return patterns
+
+
+def _read_root(text: str) -> str:
+    """A directory, from /; "" is none."""
+    if text and (not text.startswith("/") or ".." in text.split("/") or read_text(text) != text):
+        raise ValueError("a directory's path from /, without ..")
+    return text
+
+
+def _read_unknown_fields(text: str) -> bool | None:
+    """Whether they fail a class; None where nothing is said."""
+    if text not in ("", "warn", "error"):
+        raise ValueError("warn, error")
+    return text == "error" if text else None
+
+
+def _read_pod_share(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,8}", text) or int(text) > MOST_POD_SHARE:
+        raise ValueError(f"a whole number from 0 (no limit) to {MOST_POD_SHARE}")
+    return int(text)
+
+
 def _read_percent(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 <= float(text) <= 99:
         raise ValueError("a number from 1 to 99")
@@ -237,9 +267,10 @@ def _read_mount_timeout(text: str) -> float:
     return seconds
 
 
-_SERVING, _VAULT, _CREDENTIALS, _KUBERNETES, _TELLING = (
+_SERVING, _VAULT, _GUARDRAILS, _CREDENTIALS, _KUBERNETES, _TELLING = (
     "Serving",
     "Vault or OpenBao",
+    "Guardrails: what a class and a pod may ask for",
     "Sessions and credentials",
     "Kubernetes",
     "Logs, metrics, health and version",
@@ -303,6 +334,42 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _VAULT, "max-connections", "NUMBER", str(MAX_CONNECTIONS),
         "Most connections to one server, for each namespace and TLS setting, 1 to 1024.", _read_max_connections,
+    ),
+    Flag(
+        _GUARDRAILS, "hardened", "", "false",
+        "Close to classes what the Go providers leave open to them; each flag below opens one thing again.",
+        read_bool,
+    ),
+    Flag(
+        _GUARDRAILS, "allowed-vault-addresses", "LIST", "",
+        "URLs and hosts (*.example.com) that classes and redirects may name. Empty: any; hardened: --vault-addr alone.",
+        _read_vault_addresses,
+    ),
+    Flag(
+        _GUARDRAILS, "allow-skip-tls-verify", "", "",
+        "Whether a class may ask not to verify the server. Unset: it may; hardened: it may not.", read_bool,
+    ),
+    Flag(
+        _GUARDRAILS, "tls-root", "DIRECTORY", "",
+        "Where the CA, certificate and key files lie that a class may name. Empty: anywhere; hardened: nowhere.",
+        _read_root,
+    ),
+    Flag(
+        _GUARDRAILS, "unknown-fields", "HOW", "",
+        "What a field that nobody knows is in a class: warn or error. Unset: warn; hardened: error.",
+        _read_unknown_fields,
+    ),
+    Flag(
+        _GUARDRAILS, "max-pod-mounts", "NUMBER", str(MAX_POD_MOUNTS),
+        "Most mounts of one pod in a minute; 0 for no limit.", _read_pod_share,
+    ),
+    Flag(
+        _GUARDRAILS, "max-pod-objects", "NUMBER", str(MAX_POD_OBJECTS),
+        "Most objects of one pod's mounts in a minute; 0 for no limit.", _read_pod_share,
+    ),
+    Flag(
+        _GUARDRAILS, "max-pod-mib", "NUMBER", str(MAX_POD_MIB),
+        "Most MiB of one pod's classes and files in a minute; 0 for no limit.", _read_pod_share,
     ),
     Flag(
         _CREDENTIALS, "renew-percent", "NUMBER", "67",
@@ -435,6 +502,14 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         pod_namespace=environ.get("POD_NAMESPACE", ""),
         revoke=value["revoke"],
         templates=value["templates"],
+        hardened=value["hardened"],
+        allowed_vault_addresses=value["allowed-vault-addresses"],
+        allow_skip_tls_verify=value["allow-skip-tls-verify"],
+        tls_root=value["tls-root"],
+        unknown_fields_fail=value["unknown-fields"],
+        max_pod_mounts=value["max-pod-mounts"],
+        max_pod_objects=value["max-pod-objects"],
+        max_pod_mib=value["max-pod-mib"],
     )
     return Command(settings)
 
@@ -515,7 +590,8 @@ def _from_environment(flag: Flag, environ: Mapping[str, str]) -> Any:
     if flag.variable:
         for name, text in _variables(flag.variable, environ):
             return _read(flag, name, text)
-    return flag.read(flag.default)
+    # A boolean without a default is neither true nor false while nobody says.
+    return None if flag.boolean and not flag.default else flag.read(flag.default)
 
 
 def _cas(given: Mapping[str, str], environ: Mapping[str, str]) -> tuple[str, str]:
