@@ -85,8 +85,9 @@ def _serve(settings: Settings, build: Build | None, told_to_stop: asyncio.Event)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import uvloop
 
-    from provider.cli import parts
+    from provider.cli import parts, process
 
+    process.keep_memory_private()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings, build or parts.build, told_to_stop))
 

@@ -1,0 +1,36 @@
+"""What keeps the daemon's memory from everybody else on its node: no core dumps, no look from outside.
+
+Nothing is locked into memory: that takes a capability which the manifests drop (docs/supply-chain.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from typing import Final
+
+# linux/prctl.h
+_PR_SET_DUMPABLE: Final = 4
+# Bytes of a core dump. No file of one byte is a dump, so none is written; and the kernel takes 1 for "give it to no
+# program either", where 0 would count for files alone and a node's crash reporter would get all of the memory.
+NO_CORE_BYTES: Final = 1
+
+
+def keep_memory_private() -> None:
+    """Dump no core of this process, and keep others of its user out of its memory, environment and descriptors.
+
+    What a template has broken out of its sandbox is such another process. Root's capabilities see all as before.
+    Raises OSError where the kernel refuses, so that no daemon holds secrets without.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 0 if hard == 0 else NO_CORE_BYTES  # one that is lower stays, since only a capability may raise it
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+    control(_PR_SET_DUMPABLE, 0)
+
+
+def control(option: int, value: int) -> None:
+    """prctl(2). Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
