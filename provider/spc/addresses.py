@@ -70,7 +70,8 @@ class AddressPattern:
                 raise ValueError(ALLOWED)
             return cls(place.scheme, place.host, place.port, place.path)
         found = _PATTERN.fullmatch(text)
-        if found is None or (found["path"] and not found["scheme"]) or _has_dots(found["path"] or ""):
+        path = (found["path"] or "") if found else ""
+        if found is None or (path and not found["scheme"]) or "%" in path or _has_ways_out(path):
             raise ValueError(ALLOWED)
         scheme = (found["scheme"] or "https").lower()
         wildcard, name = _wildcard(found["host"])
@@ -84,7 +85,7 @@ class AddressPattern:
                 raise ValueError(ALLOWED)
         elif found["port"] is None and found["scheme"]:
             port = _DEFAULT_PORTS[scheme]
-        return cls(scheme, wildcard + host, port, (found["path"] or "").rstrip("/"))
+        return cls(scheme, wildcard + host, port, path.rstrip("/"))
 
     @property
     def exact(self) -> bool:
@@ -100,11 +101,10 @@ class AddressPattern:
             domain = self.host.removeprefix("*")
             if domain == self.host or _is_ip(place.host) or not place.host.endswith(domain):
                 return False
-        return (
-            self.scheme == place.scheme
-            and self.port in (None, place.port)
-            and (place.path == self.path or place.path.startswith(f"{self.path}/"))
-        )
+        if (self.scheme, self.port or place.port) != (place.scheme, place.port):
+            return False
+        # An escape may hide a slash from one reader and show it to the next.
+        return not self.path or ("%" not in place.path and f"{place.path}/".startswith(f"{self.path}/"))
 
 
 class AllowedAddresses:
@@ -159,9 +159,9 @@ def _place(url: str) -> _Place | None:
     if url.startswith("unix:///"):
         path = urlsplit(url).path.rstrip("/")
         plain = url.rstrip("/") == f"unix://{path}" and "%" not in path and "," not in path
-        return _Place("unix", "", 0, path) if plain and path and not _has_dots(path) else None
+        return _Place("unix", "", 0, path) if plain and path and not _has_ways_out(path) else None
     found = _PLACE.fullmatch(url)
-    if found is None or _has_dots(found["path"] or ""):
+    if found is None or _has_ways_out(found["path"] or ""):
         return None
     scheme = found["scheme"].lower()
     port = int(found["port"]) if found["port"] else _DEFAULT_PORTS[scheme]
@@ -207,10 +207,10 @@ def _is_ip(host: str) -> bool:
     return True
 
 
-def _has_dots(path: str) -> bool:
+def _has_ways_out(path: str) -> bool:
     try:
         paths.refuse_dots(path)
     except Refused:
         return True
-    # What another program may read as a way out: an escape may hide a slash, and white space ends a request's line.
-    return "%" in path or any(character <= " " or character > "~" for character in path)
+    # White space ends a request's line, and beyond ASCII two characters may look alike.
+    return any(character <= " " or character > "~" for character in path)
