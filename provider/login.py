@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
-from provider.errors import LoginDenied
+from provider.errors import LoginDenied, ProviderError
 from provider.redact import Sensitive
 from provider.spc import MountSpec, Pod
+from provider.telemetry.events import LoggedIn, Telemetry
 from provider.vault import Auth, Vault
 
 # docs/contract.md section 2: the audiences that the driver is commonly set up for, in this order, where a class
@@ -22,7 +24,7 @@ class TokenSource(Protocol):
         ...
 
 
-async def log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: float) -> Auth:
+async def log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: float, *, telemetry: Telemetry) -> Auth:
     """Log the pod of ``spec`` in. ``deadline`` is in the event loop's time, in seconds.
 
     Raises:
@@ -30,6 +32,17 @@ async def log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: f
         KubernetesUnavailable: there is no token to send.
         VaultUnavailable: no answer.
     """
+    began = time.monotonic()
+    try:
+        auth = await _log_in(vault, spec, tokens, deadline)
+    except ProviderError as error:
+        telemetry.record(LoggedIn(spec, "", 0.0, time.monotonic() - began, error))
+        raise
+    telemetry.record(LoggedIn(spec, auth.accessor, auth.ttl, time.monotonic() - began, None))
+    return auth
+
+
+async def _log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: float) -> Auth:
     jwt, audience = await _service_account_token(spec, tokens)
     try:
         return await vault.login(spec.login, jwt, deadline)

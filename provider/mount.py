@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
 from provider.errors import (
@@ -25,10 +25,11 @@ from provider.errors import (
 from provider.login import TokenSource, log_in
 from provider.redact import one_line
 from provider.render import Answered, Files, RenderedFile, Renderer, render_plain
-from provider.sessions import Read, Sessions
+from provider.sessions import Fetched, Read, Sessions
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
 from provider.spc.paths import clashes
+from provider.telemetry.events import Kind, Mounted, MountedObject, Supply, Telemetry
 from provider.vault import Auth, VaultSecret, VaultServers
 from provider.versions import ABSENT, object_version, shaped_version
 
@@ -68,10 +69,25 @@ class VersionKey(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MountResult:
-    """All files of a volume, and the version of each object as (id, version)."""
+    """All files of a volume, and the version of each object as (id, version).
+
+    ``event`` is to be recorded once the driver is going to be given them.
+    """
 
     files: tuple[RenderedFile, ...]
     versions: tuple[tuple[str, str], ...]
+    event: Mounted | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A mount that succeeded: its result, what each object was read with, and a mark of each object's files."""
+
+    files: tuple[RenderedFile, ...]
+    versions: tuple[tuple[str, str], ...]
+    marks: Mapping[str, str]
+    reads: Sequence[tuple[Read, ...]]
+    fetched: Fetched
 
 
 class Mounter:
@@ -86,7 +102,9 @@ class Mounter:
         renderer: Renderer,
         *,
         timeout: float,
+        telemetry: Telemetry,
     ) -> None:
+        self._telemetry = telemetry
         self._servers = servers
         self._sessions = sessions
         self._tokens = tokens
@@ -106,22 +124,23 @@ class Mounter:
         try:
             async with asyncio.timeout(self._timeout):
                 with self._sessions.mounting(spec):
-                    result = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
+                    done = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
         except TimeoutError as error:
             raise OutOfTime(
                 f"the mount took longer than {self._timeout:g} s; Vault at {spec.server.address} was still to answer",
                 "check Vault's load and the network to it; kubelet tries again by itself",
             ) from error
+        seconds = time.monotonic() - began
         _log.info(
             "mounted",
             extra={
                 "pod": str(spec.pod),
                 "secret_provider_class": spec.class_name,
-                "files": len(result.files),
-                "milliseconds": round((time.monotonic() - began) * 1000),
+                "files": len(done.files),
+                "milliseconds": round(seconds * 1000),
             },
         )
-        return result
+        return MountResult(done.files, done.versions, _event(spec, done, seconds))
 
     def _warn(self, spec: MountSpec) -> None:
         """Log what is odd about the class, once: its volumes are mounted again every minute."""
@@ -134,18 +153,20 @@ class Mounter:
         while len(self._warned) > MAX_WARNED:
             self._warned.popitem(last=False)
 
-    async def _mount(self, spec: MountSpec, deadline: float) -> MountResult:
+    async def _mount(self, spec: MountSpec, deadline: float) -> _Done:
         async def login(until: float) -> Auth:
-            return await log_in(self._servers.get(spec.server), spec, self._tokens, until)
+            vault = self._servers.get(spec.server)
+            return await log_in(vault, spec, self._tokens, until, telemetry=self._telemetry)
 
         shaped = [wanted for wanted in spec.objects if not wanted.plain]
         if shaped:
             await self._renderer.check(shaped)
         reads, distinct = plan(spec.objects)
         # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
-        key, answers = await asyncio.gather(
+        key, fetched = await asyncio.gather(
             self._version_key.get(), self._sessions.fetch(spec, distinct, login, deadline)
         )
+        answers = fetched.answers
         failures: list[_Failure] = []
         size = 0
 
@@ -198,7 +219,8 @@ class Mounter:
             _refuse_clashes(spec.objects, made)
         self._sessions.settle(spec, secrets)
         versions = tuple((wanted.name, _version(key, wanted, made.get(wanted.name))) for wanted in spec.objects)
-        return MountResult(files, versions)
+        marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
+        return _Done(files, versions, marks, reads, fetched)
 
     async def _failed(self, failures: Sequence[_Failure], spec: MountSpec, deadline: float) -> MountFailed:
         """All failing objects in one error; objects that failed alike share a sentence."""
@@ -299,6 +321,54 @@ def _too_large(made: Mapping[str, Files], size: int, count: int) -> BadSecret:
         f'driver takes at most {MAX_MOUNT_BYTES / MIB:.2f} MiB; the largest is "{one_line(largest.path, MAX_NAME)}" of '
         f"{len(largest.contents) / MIB:.2f} MiB",
         "split the SecretProviderClass, or mount less of each secret with secretKey",
+    )
+
+
+def _mark(files: Files) -> str:
+    """What tells two makings of an object apart within this process, where no key gives it a version."""
+    return str(hash(tuple((file.path, file.contents) for file in files)))
+
+
+def _event(spec: MountSpec, done: _Done, seconds: float) -> Mounted:
+    """What is told of a mount that succeeded."""
+    fetched = done.fetched
+
+    def objects() -> list[MountedObject]:
+        return [
+            _mounted(wanted, version, together, fetched)
+            for wanted, (_, version), together in zip(spec.objects, done.versions, done.reads, strict=True)
+        ]
+
+    supplies = list(fetched.at_hand.values())
+    kept = supplies.count(Supply.KEPT)
+    return Mounted(
+        spec=spec,
+        seconds=seconds,
+        files=len(done.files),
+        size=sum([len(file.contents) for file in done.files]),
+        marks=done.marks,
+        accessor=fetched.accessor,
+        read=len(fetched.answers) - len(supplies),
+        kept=kept,
+        remembered=len(supplies) - kept,
+        objects=objects,
+    )
+
+
+def _mounted(wanted: ObjectSpec, version: str, together: Sequence[Read], fetched: Fetched) -> MountedObject:
+    found = [read for read in together if isinstance(fetched.answers[read], VaultSecret)]
+    secrets = [answer for read in found if isinstance(answer := fetched.answers[read], VaultSecret)]
+    kinds = {fetched.kind(read) for read in found}
+    supplies = {fetched.at_hand.get(read, Supply.READ) for read in found}
+    return MountedObject(
+        wanted.name,
+        tuple(read.request.path for read in together),
+        version,
+        tuple(secret.request_id for secret in secrets),
+        tuple(secret.lease_id for secret in secrets if secret.leased),
+        # Of several sources, what makes the object change most, and what cost most.
+        next((kind for kind in (Kind.LEASED, Kind.ISSUED) if kind in kinds), Kind.STATIC),
+        next((supply for supply in (Supply.READ, Supply.KEPT) if supply in supplies), Supply.REMEMBERED),
     )
 
 

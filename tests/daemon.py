@@ -19,6 +19,7 @@ from provider.mount import MountResult
 from provider.render import RenderedFile
 from provider.settings import Settings
 from provider.spc import MountSpec, Parser
+from provider.telemetry.events import Telemetry
 
 
 class Scripted:
@@ -34,7 +35,7 @@ class Scripted:
 
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Parts]:
-    yield Parts(Parser(settings), Scripted())
+    yield Parts(Parser(settings), Scripted(), Telemetry())
 
 
 if __name__ == "__main__":

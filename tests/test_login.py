@@ -17,6 +17,7 @@ from provider.kube import Kubernetes
 from provider.redact import Sensitive
 from provider.settings import TlsSettings
 from provider.spc import Login, MountSpec, Pod, VaultServer
+from provider.telemetry.events import Telemetry
 from provider.vault import Auth, VaultServers, adapter
 from tests.stand.faulty import Answer, Arrival, Faulty, refusal
 from tests.stand.kubeapi import AUDIENCE, KubeApi
@@ -105,7 +106,7 @@ def spec_of(address: str, pod: KubePod, wanted: Login, tokens: dict[str, Sensiti
 async def log_in(servers: VaultServers, spec: MountSpec, tokens: login.TokenSource) -> Auth:
     async with asyncio.timeout(20):
         deadline = asyncio.get_running_loop().time() + 20
-        return await login.log_in(servers.get(spec.server), spec, tokens, deadline)
+        return await login.log_in(servers.get(spec.server), spec, tokens, deadline, telemetry=Telemetry())
 
 
 def token_requests(kube: KubeApi) -> int:

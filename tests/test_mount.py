@@ -25,6 +25,7 @@ from provider.render import Renderer
 from provider.sessions import Sessions
 from provider.settings import Settings, TlsSettings
 from provider.spc import Encoding, Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
+from provider.telemetry.events import Telemetry
 from provider.vault import VaultServers, adapter
 from tests.spc_classes import plain
 from tests.stand.ecommerce import NAMESPACE, SERVICE_ACCOUNT, EcommerceStand
@@ -106,10 +107,14 @@ async def running(
     servers = VaultServers(clock=clock)
     kubernetes = Kubernetes(str(shop.kube.write_kubeconfig(directory / "kubeconfig")))
     version_key = HmacKey(settings, kubernetes, clock)
-    sessions = Sessions(servers, settings, clock=clock, key=version_key.get)
+    sessions = Sessions(servers, settings, clock=clock, key=version_key.get, telemetry=Telemetry())
     renderer = Renderer()
     try:
-        yield Node(Mounter(servers, sessions, kubernetes, version_key, renderer, timeout=timeout), sessions, clock)
+        yield Node(
+            Mounter(servers, sessions, kubernetes, version_key, renderer, timeout=timeout, telemetry=Telemetry()),
+            sessions,
+            clock,
+        )
     finally:
         await renderer.close()
         await sessions.close()

@@ -38,6 +38,7 @@ from provider.server import Endpoint, Server, endpoint
 from provider.server.server import CONNECTION_AGE, SERVE_ON_FACTOR
 from provider.settings import MAX_MOUNT_BYTES, MIB, Settings
 from provider.spc import MountSpec, Parser
+from provider.telemetry.events import Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
 
@@ -115,7 +116,7 @@ async def serving(
     path: str | Path, mounts: Mounting, *, mount_timeout: float = 30, parser: Parser | None = None
 ) -> AsyncIterator[service_pb2_grpc.CSIDriverProviderAsyncStub]:
     """A server at ``path``, and a client of it."""
-    server = Server(str(path), parser or Parser(Settings()), mounts, mount_timeout, connection_age=AGE)
+    server = Server(str(path), parser or Parser(Settings()), mounts, mount_timeout, Telemetry(), connection_age=AGE)
     await server.start()
     try:
         async with dialled(path) as channel:
@@ -501,7 +502,7 @@ async def test_what_is_no_socket_is_left_alone(path: Path, occupant: str) -> Non
 
 async def test_file_that_comes_between_check_and_takeover_is_left_alone(path: Path) -> None:
     """A file that appears while the server starts is not overwritten, and the server's own socket goes."""
-    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, connection_age=AGE)
+    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, Telemetry(), connection_age=AGE)
     original = Endpoint.clean
 
     def clean(self: Endpoint) -> None:
@@ -596,8 +597,8 @@ async def test_successors_socket_is_not_removed(path: Path) -> None:
         async with serving(path, Mounting(PASSWORD)):
             pass
         assert not path.exists()
-    first = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, connection_age=AGE)
-    second = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, connection_age=AGE)
+    first = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, Telemetry(), connection_age=AGE)
+    second = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, Telemetry(), connection_age=AGE)
     await first.start()
     await second.start()
     taken = path.stat().st_ino
@@ -639,7 +640,7 @@ async def test_file_system_without_locks_is_served(path: Path, monkeypatch: pyte
 
 async def test_ready_follows_the_socket(path: Path) -> None:
     """Ready is false before the start, true while a dialler is answered, false once the path is not ours."""
-    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, connection_age=AGE)
+    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, Telemetry(), connection_age=AGE)
     assert not await server.answers()
     await server.start()
     assert await server.answers()
@@ -659,7 +660,7 @@ async def test_ready_follows_the_socket(path: Path) -> None:
 async def test_ready_is_false_when_the_socket_is_ours_and_dead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ready asks over the socket: a path that is ours with no server behind it is not ready."""
     monkeypatch.setattr("provider.server.server.ANSWER_SECONDS", 0.2)
-    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, connection_age=AGE)
+    server = Server(str(path), Parser(Settings()), Mounting(PASSWORD), 30, Telemetry(), connection_age=AGE)
     await server.start()
     monkeypatch.setattr(Endpoint, "is_ours", lambda self: True)
     path.unlink()
@@ -679,7 +680,7 @@ async def test_stop_waits_for_mounts_and_answers_what_arrives(path: Path) -> Non
         await release.wait()
         return PASSWORD
 
-    server = Server(str(path), Parser(Settings()), Mounting(wait), 30, connection_age=2)
+    server = Server(str(path), Parser(Settings()), Mounting(wait), 30, Telemetry(), connection_age=2)
     await server.start()
     async with dialled(path, patient=False) as channel:
         stub = service_pb2_grpc.CSIDriverProviderStub(channel)

@@ -113,7 +113,7 @@ async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) ->
         loop.add_signal_handler(number, told_to_stop.set)
     async with AsyncExitStack() as stack:
         parts = await stack.enter_async_context(build(settings))
-        server = Server(settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout)
+        server = Server(settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout, parts.telemetry)
         # Health comes first and goes last: a probe is told "not ready" at both ends.
         address = split_listen_address(settings.health_addr)
         if address is not None:

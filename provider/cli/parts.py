@@ -17,6 +17,7 @@ from provider.server import Mounts
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
 from provider.spc import Parser
+from provider.telemetry.events import Telemetry
 from provider.vault import VaultServers
 
 # What fails in the background for a reason that nobody thought of is tried again, but not in a busy loop.
@@ -31,12 +32,14 @@ class Parts:
 
     parser: Parser
     mounts: Mounts
+    telemetry: Telemetry
 
 
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Parts]:
     """The parts of a daemon with these settings, working while the context is open."""
     clock = SystemClock()
+    telemetry = Telemetry()
     async with contextlib.AsyncExitStack() as stack:
         servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr, max_connections=settings.max_connections)
         stack.push_async_callback(servers.close)
@@ -44,15 +47,17 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
         stack.push_async_callback(kubernetes.close)
         key = HmacKey(settings, kubernetes, clock)
         stack.push_async_callback(key.close)
-        sessions = Sessions(servers, settings, clock=clock, key=key.get)
+        sessions = Sessions(servers, settings, clock=clock, key=key.get, telemetry=telemetry)
         stack.push_async_callback(sessions.close)
-        sweeper = Sweeper(sessions, kubernetes, settings, clock=clock)
+        sweeper = Sweeper(sessions, kubernetes, settings, clock=clock, telemetry=telemetry)
         for name, work in (("renewals", sessions.run), ("sweeps", sweeper.run)):
             stack.push_async_callback(_end, asyncio.create_task(_keep_running(name, work), name=name))
         renderer = Renderer()
         stack.push_async_callback(renderer.close)
-        mounts = Mounter(servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout)
-        yield Parts(Parser(settings), mounts)
+        mounts = Mounter(
+            servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout, telemetry=telemetry
+        )
+        yield Parts(Parser(settings), mounts, telemetry)
 
 
 async def _keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -15,6 +15,7 @@ from provider.server.endpoint import Endpoint
 from provider.server.service import Mounts, Service
 from provider.settings import MIB
 from provider.spc import Parser
+from provider.telemetry.events import Telemetry
 from provider.v1alpha1 import service_pb2, service_pb2_grpc
 
 # Seconds after which a connection is told to go and a client dials anew. So a daemon that was replaced, or that
@@ -45,11 +46,12 @@ class Server:
         parser: Parser,
         mounts: Mounts,
         mount_timeout: float,
+        telemetry: Telemetry,
         *,
         connection_age: float = CONNECTION_AGE,
     ) -> None:
         self._endpoint = Endpoint(path)
-        self._service = Service(parser, mounts, mount_timeout)
+        self._service = Service(parser, mounts, mount_timeout, telemetry)
         self._connection_age = connection_age
         self._grace = mount_timeout + GRACE_SECONDS
         self._grpc: grpc.aio.Server | None = None

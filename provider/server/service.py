@@ -22,7 +22,8 @@ from provider.errors import MAX_MESSAGE_BYTES, BadSecret, Code, InvalidClass, Ou
 from provider.mount import MountResult
 from provider.redact import one_line
 from provider.settings import MAX_MOUNT_BYTES, MIB
-from provider.spc import MountSpec, Parser
+from provider.spc import MountSpec, Parser, Pod
+from provider.telemetry.events import MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 
 PROTOCOL_VERSION: Final = "v1alpha1"
@@ -43,6 +44,26 @@ class Mounts(Protocol):
         ...
 
 
+class _About:
+    """What is known of a call, for whoever reads how it ended."""
+
+    def __init__(self) -> None:
+        self.spec: MountSpec | None = None
+        self.pod: Pod | None = None
+        self.class_name = ""
+        self.target_path = ""
+
+    def know(self, spec: MountSpec) -> None:
+        """The request could be read."""
+        self.spec, self.pod, self.class_name, self.target_path = spec, spec.pod, spec.class_name, spec.target_path
+
+    def fields(self) -> dict[str, Any]:
+        """What the log says of it."""
+        if self.pod is None:
+            return {}
+        return {"pod": str(self.pod), "pod_uid": self.pod.uid, "secret_provider_class": self.class_name}
+
+
 class Service:
     """Answers Version and Mount. ``mount_timeout``, in seconds, is what ``mounts`` keeps by itself.
 
@@ -50,7 +71,8 @@ class Service:
     (docs/contract.md section 1).
     """
 
-    def __init__(self, parser: Parser, mounts: Mounts, mount_timeout: float) -> None:
+    def __init__(self, parser: Parser, mounts: Mounts, mount_timeout: float, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
         self._parser = parser
         self._mounts = mounts
         self._limit = mount_timeout + BACKSTOP_SECONDS
@@ -79,7 +101,7 @@ class Service:
 
     async def mount(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         """All files of one volume, or a status error whose message tells a person what to do."""
-        about: dict[str, Any] = {}
+        about = _About()
         began = asyncio.get_running_loop().time()
         failure: ProviderError
         try:
@@ -95,25 +117,34 @@ class Service:
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
-                _logger.warning("the caller gave the mount up", extra=about)
+                _logger.warning("the caller gave the mount up", extra=about.fields())
                 raise
             # Nobody cancelled this call: a cancelled part leaked. gRPC would leave the caller without an answer.
             failure = _unexpected(error, about)
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller gets a code that kubelet retries
             failure = _unexpected(error, about)
-        about["milliseconds"] = round((asyncio.get_running_loop().time() - began) * 1000)
-        await self._abort(failure, about, context)
+        await self._abort(failure, about, asyncio.get_running_loop().time() - began, context)
 
     async def _abort(
-        self, failure: ProviderError, about: dict[str, Any], context: grpc.aio.ServicerContext[bytes, bytes]
+        self,
+        failure: ProviderError,
+        about: _About,
+        seconds: float,
+        context: grpc.aio.ServicerContext[bytes, bytes],
     ) -> NoReturn:
         message = fit(one_line(str(failure), MAX_MESSAGE_BYTES))
         level = logging.ERROR if failure.code is Code.INTERNAL else logging.WARNING
         # docs/contract.md section 1: the driver hides the failure of a re-mount, so the log has to tell.
-        _logger.log(level, "mount failed: %s", message, extra={**about, "code": failure.code.name})
+        told = {**about.fields(), "milliseconds": round(seconds * 1000), "code": failure.code.name}
+        _logger.log(level, "mount failed: %s", message, extra=told)
+        self._telemetry.record(
+            MountRefused(
+                failure.code.name, message, seconds, about.pod, about.class_name, about.target_path, about.spec
+            )
+        )
         await context.abort(grpc.StatusCode[failure.code.value], message)
 
-    async def _mount(self, data: bytes, about: dict[str, Any]) -> bytes:
+    async def _mount(self, data: bytes, about: _About) -> bytes:
         try:
             request = pb.MountRequest.FromString(data)
         except DecodeError:
@@ -126,14 +157,18 @@ class Service:
             request.target_path,
             request.permission,
         )
-        about |= {"pod": str(spec.pod), "pod_uid": spec.pod.uid, "secret_provider_class": spec.class_name}
-        return _answer(await self._mounts.mount(spec))
+        about.know(spec)
+        result = await self._mounts.mount(spec)
+        answer = _answer(result)
+        if result.event is not None:
+            self._telemetry.record(result.event)
+        return answer
 
 
-def _unexpected(error: BaseException, about: dict[str, Any]) -> ProviderError:
+def _unexpected(error: BaseException, about: _About) -> ProviderError:
     """An error for the caller that has nothing of ``error`` but an id, under which the log has it."""
     incident = secrets.token_hex(4)
-    _logger.error("unexpected error in a mount", exc_info=error, extra={**about, "incident": incident})
+    _logger.error("unexpected error in a mount", exc_info=error, extra={**about.fields(), "incident": incident})
     return ProviderError(
         f"internal error {incident}", f"this is a bug in {RUNTIME_NAME}: report it with the log's lines of that id"
     )

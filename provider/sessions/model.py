@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
+from provider.errors import ProviderError
 from provider.sessions.lifetime import ROUNDING_SECONDS, Lifetime
 from provider.spc import Login, SecretRequest, VaultServer
+from provider.telemetry.events import Kind, Supply
 from provider.vault import Auth, VaultSecret
 
 # docs/contract.md section 1: kubelet re-mounts about every 60 to 90 s, and the driver may skip one of its own. Until a
@@ -69,6 +71,30 @@ class Read:
 
     def __hash__(self) -> int:
         return self._hash
+
+
+Answers = dict[Read, VaultSecret | ProviderError]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The answer, or the error, to each read of a mount.
+
+    ``at_hand`` has those that needed no request to Vault, ``issued`` those that are certificates. ``accessor`` is that
+    of the pod's newest token, "" where there is none.
+    """
+
+    answers: Answers = field(repr=False)
+    at_hand: Mapping[Read, Supply]
+    issued: Set[Read]
+    accessor: str
+
+    def kind(self, read: Read) -> Kind:
+        """What the answer to ``read`` is; it must be none of the errors."""
+        answer = self.answers[read]
+        if isinstance(answer, VaultSecret) and answer.leased:
+            return Kind.LEASED
+        return Kind.ISSUED if read in self.issued else Kind.STATIC
 
 
 @dataclass(slots=True)

@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from typing import Any, Final
 
 from provider.clock import Clock
-from provider.sessions.model import Identity, LogIn, Read
-from provider.sessions.session import Answers, Session, Surroundings
+from provider.sessions.model import Fetched, Identity, LogIn, Read
+from provider.sessions.session import Session, Surroundings
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import load
 from provider.settings import Settings
 from provider.spc import MountSpec
 from provider.state import StateDir, StateUnusable
+from provider.telemetry.events import SessionView, Telemetry
 from provider.vault import EngineMount, VaultSecret, VaultServers
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ class Sessions:
     ``key`` gives the HMAC key, or None while it is not to be had.
     """
 
-    def __init__(self, servers: VaultServers, settings: Settings, *, clock: Clock, key: KeySource) -> None:
+    def __init__(
+        self, servers: VaultServers, settings: Settings, *, clock: Clock, key: KeySource, telemetry: Telemetry
+    ) -> None:
         self._servers = servers
         self._settings = settings
         self._clock = clock
@@ -58,7 +61,7 @@ class Sessions:
         self._state_opening: asyncio.Task[None] | None = None
         self._key_awaited_until: float | None = None
         self._looked_for_files_at = -math.inf
-        self._shared = SharedReads(clock, enabled=settings.share_reads)
+        self._shared = SharedReads(clock, telemetry, enabled=settings.share_reads)
         self._around = Surroundings(
             clock,
             self._shared,
@@ -66,6 +69,7 @@ class Sessions:
             itertools.count(),
             lambda: self._state,
             asyncio.Semaphore(MAX_REVOKING),
+            telemetry,
         )
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
         self._by_pod: dict[str, list[Session]] = {}
@@ -97,7 +101,7 @@ class Sessions:
                     self._remove(session)  # who cannot log in takes no place from who can
             self._shrink()
 
-    async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Answers:
+    async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Fetched:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
         await self._await_state(deadline)
         identity = identity_of(spec)
@@ -106,6 +110,7 @@ class Sessions:
             vault = self._servers.get(spec.server)
             session = self._add(Session(identity, spec.pod, vault, self._around))
         self._sessions.move_to_end(identity)
+        session.class_name = spec.class_name
         return await session.fetch(spec.target_path, reads, log_in, deadline)
 
     def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret]) -> None:
@@ -175,6 +180,10 @@ class Sessions:
     def all(self) -> list[Session]:
         """All sessions, the least recently mounted first."""
         return list(self._sessions.values())
+
+    def views(self) -> list[SessionView]:
+        """All sessions as they are now."""
+        return [session.view() for session in self._sessions.values()]
 
     def end(self, uid: str) -> None:
         """The pod is gone: drop its sessions, and revoke what they held, in the background."""

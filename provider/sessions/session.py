@@ -22,12 +22,25 @@ from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
 from provider.sessions.lifetime import Lifetime, must_replace
-from provider.sessions.model import HeldToken, Identity, Kept, LogIn, Read, Volume
+from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read, Volume
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import Pod, SecretRequest
 from provider.state import StateDir
+from provider.telemetry.events import (
+    Issued,
+    Kind,
+    LeaseView,
+    Renewal,
+    Renewing,
+    Revocation,
+    Revoking,
+    SessionView,
+    Supply,
+    Telemetry,
+    Who,
+)
 from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
@@ -46,8 +59,6 @@ REVOCATION_SECONDS: Final = 86400.0
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
 MAX_STATIC: Final = 4 * MAX_OBJECTS
 
-Answers = dict[Read, VaultSecret | ProviderError]
-
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -59,6 +70,7 @@ class Surroundings:
     serials: itertools.count[int]
     state: Callable[[], StateDir | None]
     revoking: asyncio.Semaphore
+    telemetry: Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,7 @@ class Session:
     def __init__(self, identity: Identity, pod: Pod, vault: Vault, around: Surroundings) -> None:
         self.identity = identity
         self.pod = pod
+        self.class_name = ""  # of the last mount, for whoever asks what the session is for
         self.mounted_at = float("-inf")  # the clock's time at which a mount last began
         self._vault = vault
         self._around = around
@@ -103,7 +116,7 @@ class Session:
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
-    async def fetch(self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Answers:
+    async def fetch(self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Fetched:
         """The answer to each of ``reads``, or the error that it failed with.
 
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time.
@@ -117,12 +130,14 @@ class Session:
         shown = self._volumes.get(volume) or Volume()
         newest = self._tokens[-1].serial if self._tokens else -1
         mount = _Mount(volume, newest, shown.interval(now), log_in, deadline)
-        answers = await self._all(reads, mount)
+        at_hand: dict[Read, Supply] = {}
+        answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
         void = [read for read in reads if self._void(read, answers[read])]
         if void:
-            answers |= await self._all(void, mount)
-        return answers
+            answers |= await self._all(void, mount, at_hand)
+        issued = {read for read in reads if self._is_issued(read)} if self._kept else frozenset[Read]()
+        return Fetched(answers, at_hand, issued, self._tokens[-1].auth.accessor if self._tokens else "")
 
     def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
         """The mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
@@ -170,14 +185,19 @@ class Session:
                     del self._kept[request]
                 self.file.changed = True
 
-    async def _all(self, reads: Sequence[Read], mount: _Mount) -> Answers:
+    def _is_issued(self, read: Read) -> bool:
+        kept = self._kept.get(read.request)
+        return kept is not None and not kept.secret.leased and not read.fresh
+
+    async def _all(self, reads: Sequence[Read], mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
         answers: Answers = {}
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
         for read in reads:
             found = self._at_hand(read, mount)
             if found is not None:
-                answers[read] = found
+                answers[read], at_hand[read] = found
             else:
+                at_hand.pop(read, None)
                 asked[read] = self._ask(read, mount)
         if asked:
             # It leaves the tasks alone when the caller goes away.
@@ -189,9 +209,14 @@ class Session:
             answers[read] = task.result() if error is None else error
         return answers
 
-    def _at_hand(self, read: Read, mount: _Mount) -> VaultSecret | None:
+    def _at_hand(self, read: Read, mount: _Mount) -> tuple[VaultSecret, Supply] | None:
         """The answer without asking Vault, where there is one."""
-        return None if read.fresh else self._wanted(read.request, mount) or self._remembered(read, mount)
+        if read.fresh:
+            return None
+        if (kept := self._wanted(read.request, mount)) is not None:
+            return kept, Supply.KEPT
+        remembered = self._remembered(read, mount)
+        return None if remembered is None else (remembered, Supply.REMEMBERED)
 
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
@@ -251,6 +276,8 @@ class Session:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
         secret, token = await self._read(read.request, await self._token(mount), mount)
         token.bears_leases |= secret.leased
+        if secret.leased:
+            self._record_issue(read.request, secret, token, secret.lease_duration, again=False)
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
@@ -315,7 +342,16 @@ class Session:
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
+        self._record_issue(request, secret, token, ttl, again=old is not None)
         self._warn_if_short(kept, mount.interval)
+
+    def _record_issue(
+        self, request: SecretRequest, secret: VaultSecret, token: HeldToken, ttl: float, *, again: bool
+    ) -> None:
+        kind = Kind.LEASED if secret.leased else Kind.ISSUED
+        self._around.telemetry.record(
+            Issued(self._who(), request.path, kind, token.auth.accessor, secret.lease_id, secret.request_id, ttl, again)
+        )
 
     async def _issued(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> bool:
         """Whether a certificate was issued, not stored: a user of ``kv`` may call keys as they like."""
@@ -361,17 +397,33 @@ class Session:
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
-                self._start(("revoke", id(old)), self._revoke_quietly(old))
+                self._start(("revoke", id(old)), self._revoke_once(old, "superseded"))
         _log.info("logged in", extra=self._about() | {"accessor": auth.accessor, "ttl_seconds": auth.ttl})
         return token
 
-    async def _revoke_quietly(self, token: HeldToken) -> None:
+    async def _revoke_once(self, token: HeldToken, why: str) -> None:
         token.dead = True
         with contextlib.suppress(ProviderError):
-            await self._revoke(token)
+            await self._revoke(token, why)
 
-    async def _revoke(self, token: HeldToken) -> None:
-        await self._vault.revoke_token(token.auth.token, self._soon(), may_lookup="default" in token.auth.policies)
+    async def _revoke(self, token: HeldToken, why: str) -> None:
+        began = self._clock.now()
+        outcome, reason = Revoking.REVOKED, ""
+        try:
+            async with asyncio.timeout(RENEWAL_SECONDS):
+                await self._vault.revoke_token(
+                    token.auth.token, self._soon(), may_lookup="default" in token.auth.policies
+                )
+        except RenewalRefused as refused:
+            outcome, reason = Revoking.REFUSED, str(refused)
+            raise
+        except (ProviderError, TimeoutError) as error:
+            outcome, reason = Revoking.UNANSWERED, str(error)
+            raise
+        finally:
+            self._around.telemetry.record(
+                Revocation(self._who(), token.auth.accessor, outcome, why, reason, self._clock.now() - began)
+            )
 
     # -- renewal ---------------------------------------------------------------------------------------------------
 
@@ -387,14 +439,14 @@ class Session:
             tokens, _ = self._renewable()
             for token in tokens:
                 sure = "default" in token.auth.policies
-                await self._renew(token.life, self._vault.renew_token, token.auth.token, sure=sure)
+                await self._renew(token.life, token, self._vault.renew_token, sure=sure)
             _, leases = self._renewable()
             await asyncio.gather(
                 *(
                     self._renew(
                         kept.life,
+                        kept.token,
                         self._vault.renew_lease,
-                        kept.token.auth.token,
                         kept.secret.lease_id,
                         path=kept.request.path,
                     )
@@ -408,38 +460,58 @@ class Session:
     async def _renew(
         self,
         life: Lifetime,
+        token: HeldToken,
         ask: Callable[..., Coroutine[Any, Any, float]],
-        *what: object,
+        *lease_id: str,
         path: str = "auth/token",
         sure: bool = True,
     ) -> None:
         """Renew one life. ``sure`` says that who is told it is gone can believe it: a 403 may be for want of policy."""
-        if life.renew_at > self._clock.now():
+        began = self._clock.now()
+        if life.renew_at > began:
             return
+        ttl, reason = 0.0, ""
         about = self._about() | {"path": path}
         self.file.changed = True
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
-                ttl = await ask(*what, life.granted, self._soon())
+                ttl = await ask(token.auth.token, *lease_id, life.granted, self._soon())
         except LeaseGone as gone:
+            outcome, reason = Renewing.GONE, str(gone)
             if sure:
                 life.gone(self._clock.now())
             else:
                 life.refused()
             _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
         except RenewalRefused as refused:
+            outcome, reason = Renewing.REFUSED, str(refused)
             life.refused()
             _log.info("not renewed any further: %s; the next re-mount brings a new one", refused, extra=about)
         except (ProviderError, TimeoutError) as error:
+            outcome, reason = Renewing.UNANSWERED, str(error)
             life.unanswered(self._clock.now(), random.random())
             _log.warning("renewal unanswered, trying again: %s", error, extra=about)
         except Exception:  # noqa: BLE001  # a bug must not leave it due for ever: the loop would do nothing else
+            outcome, reason = Renewing.UNANSWERED, "internal error"
             life.unanswered(self._clock.now(), random.random())
             _log.exception("renewal failed on a bug, trying again", extra=about)
         else:
+            outcome = Renewing.RENEWED
             percent = self._around.renew_percent
             life.renewed(self._clock.now(), ttl, percent=percent, luck=self._luck, notice=self._notice())
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
+        self._around.telemetry.record(
+            Renewal(
+                self._who(),
+                path,
+                token.auth.accessor,
+                "".join(lease_id),
+                outcome,
+                ttl,
+                self._clock.now() - began,
+                reason,
+            )
+        )
 
     def _renewable(self) -> tuple[list[HeldToken], list[Kept]]:
         """The tokens and the leases that renewal is about: the current token, and all on which something hangs.
@@ -506,8 +578,8 @@ class Session:
         until = self._clock.now() + REVOCATION_SECONDS
         while token.usable(self._clock.now()) and self._clock.now() < until:
             try:
-                async with self._around.revoking, asyncio.timeout(RENEWAL_SECONDS):
-                    await self._revoke(token)
+                async with self._around.revoking:
+                    await self._revoke(token, "pod gone")
             except RenewalRefused as refused:
                 _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
                 return
@@ -529,7 +601,7 @@ class Session:
         await self.file.remove()
         for token in self._tokens:
             if not token.bears_leases and token.usable(self._clock.now()):
-                await self._revoke_quietly(token)
+                await self._revoke_once(token, "no room")
 
     async def close(self) -> None:
         """The process ends: nothing is revoked, and what is under way is abandoned."""
@@ -588,6 +660,33 @@ class Session:
 
     def _soon(self) -> float:
         return asyncio.get_running_loop().time() + RENEWAL_SECONDS
+
+    def view(self) -> SessionView:
+        """The session as it is now, for people and for metrics."""
+        now = self._clock.now()
+        tokens, leases = self._renewable()
+        token = self._tokens[-1] if self._tokens and self._tokens[-1].usable(now) else None
+        return SessionView(
+            self._who(),
+            token.auth.accessor if token else "",
+            token.life.expires_at - now if token else 0.0,
+            token is not None and token in tokens and math.isfinite(token.life.renew_at),
+            now - self.mounted_at,
+            tuple(
+                LeaseView(
+                    kept.request.path,
+                    Kind.LEASED if kept.secret.leased else Kind.ISSUED,
+                    kept.secret.lease_id,
+                    kept.life.expires_at - now,
+                    kept in leases and math.isfinite(kept.life.renew_at),
+                )
+                for kept in self._kept.values()
+                if kept.lives(now)
+            ),
+        )
+
+    def _who(self) -> Who:
+        return Who(self.pod, self.identity.login, self.identity.server, self.class_name)
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}

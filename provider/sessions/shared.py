@@ -14,6 +14,7 @@ from provider.clock import Clock
 from provider.errors import VaultUnavailable
 from provider.redact import Sensitive
 from provider.spc import SecretRequest, VaultServer
+from provider.telemetry.events import ReadShared, Telemetry
 from provider.vault import Auth, EngineMount, Vault, VaultSecret
 
 # A mount that is disabled and enabled again as another engine is a rare event; this bounds how long it is missed.
@@ -29,8 +30,9 @@ _NEVER: Final = ("auth/", "sys/", "cubbyhole/", "identity/")
 class SharedReads:
     """Reads in flight and known engines of all Vaults in use. ``enabled`` False sends each read by itself."""
 
-    def __init__(self, clock: Clock, *, enabled: bool = True) -> None:
+    def __init__(self, clock: Clock, telemetry: Telemetry, *, enabled: bool = True) -> None:
         self._clock = clock
+        self._telemetry = telemetry
         self._enabled = enabled
         self._engines: dict[VaultServer, dict[str, tuple[EngineMount, float]]] = {}
         self._untold: dict[tuple[VaultServer, str], float] = {}
@@ -56,8 +58,12 @@ class SharedReads:
         leader = self._reads.get(key)
         if leader is None:
             return await self._lead(key, vault.read(request, auth.token, deadline))
-        # None where it failed: that was under another pod's token, and within another mount's time.
-        return await asyncio.shield(leader) or await vault.read(request, auth.token, deadline)
+        shared = await asyncio.shield(leader)
+        if shared is None:
+            # It failed, but under another pod's token, and within another mount's time.
+            return await vault.read(request, auth.token, deadline)
+        self._telemetry.record(ReadShared(vault.server))
+        return shared
 
     async def _lead(self, key: object, reading: Coroutine[Any, Any, VaultSecret]) -> VaultSecret:
         """Read, and let whoever asks for the same meanwhile have the answer too."""

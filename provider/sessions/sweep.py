@@ -15,6 +15,7 @@ from provider.clock import Clock
 from provider.errors import KubernetesDenied, KubernetesUnavailable
 from provider.sessions.registry import Sessions
 from provider.settings import Settings
+from provider.telemetry.events import Swept, Telemetry
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +54,14 @@ class PodSource(Protocol):
 class Sweeper:
     """Looks for sessions of pods that are gone, once every ``sweep_interval``."""
 
-    def __init__(self, sessions: Sessions, pods: PodSource, settings: Settings, *, clock: Clock) -> None:
+    def __init__(
+        self, sessions: Sessions, pods: PodSource, settings: Settings, *, clock: Clock, telemetry: Telemetry
+    ) -> None:
         self._sessions = sessions
         self._pods = pods
         self._settings = settings
         self._clock = clock
+        self._telemetry = telemetry
         self._absent: dict[str, float] = {}
         self._said = ""
 
@@ -86,19 +90,20 @@ class Sweeper:
         except KubernetesUnavailable as error:
             self._absent.clear()
             _log.warning("this sweep revokes nothing: %s", error)
+            self._telemetry.record(Swept(str(error), 0))
             return
         own = (self._settings.pod_namespace, self._settings.pod_name)
         if not listed.complete or (all(own) and own not in listed.names):
             self._absent.clear()
-            _log.warning(
-                "this sweep revokes nothing: the listing of node %s %s",
-                self._settings.node_name,
-                "was cut short" if not listed.complete else "lacks this daemon's own pod; is --node-name right?",
-            )
+            fault = "was cut short" if not listed.complete else "lacks this daemon's own pod; is --node-name right?"
+            why = f"the listing of node {self._settings.node_name} {fault}"
+            _log.warning("this sweep revokes nothing: %s", why)
+            self._telemetry.record(Swept(why, 0))
             return
         self._sessions.sweeping = True
         self._said = ""
         before, self._absent = self._absent, {}
+        gone = 0
         last_mounts = {session.identity.pod_uid: session for session in self._sessions.all()}
         for uid, session in last_mounts.items():
             if uid in listed.uids:
@@ -110,8 +115,10 @@ class Sweeper:
                 self._absent[uid] = began
             elif await self._confirmed(session.pod.namespace, session.pod.name, uid):
                 self._sessions.end(uid)
+                gone += 1
             else:
                 self._absent[uid] = since
+        self._telemetry.record(Swept("", gone))
 
     async def _confirmed(self, namespace: str, name: str, uid: str) -> bool:
         try:
@@ -123,6 +130,7 @@ class Sweeper:
     def _cannot(self, why: str) -> None:
         self._sessions.sweeping = False
         self._absent.clear()
+        self._telemetry.record(Swept(why, 0))
         if self._said != why:
             self._said = why
             _log.warning("pods that are gone cannot be found, so their tokens are left to expire: %s", why)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -79,17 +79,20 @@ class MountedObject:
 class Mounted:
     """A mount succeeded. ``objects`` makes the list of its objects, for who wants to know them.
 
-    ``remount`` says that this process mounted the volume before, ``changed`` which objects have another version since
-    (all of them at the first). ``accessor`` is that of the pod's newest token. ``size`` is of the contents, in bytes.
+    ``marks`` has a text for each object's name that changes when its files do. ``accessor`` is that of the pod's newest
+    token, ``size`` of the files' contents in bytes. ``read``, ``kept`` and ``remembered`` count its distinct reads by
+    their Supply.
     """
 
     spec: MountSpec
     seconds: float
     files: int
     size: int
-    remount: bool
-    changed: Set[str]
+    marks: Mapping[str, str] = field(repr=False)
     accessor: str
+    read: int
+    kept: int
+    remembered: int
     objects: Callable[[], Sequence[MountedObject]] = field(repr=False)
 
 
@@ -97,8 +100,7 @@ class Mounted:
 class MountRefused:
     """A mount failed: ``code`` and ``message`` are what the driver was answered.
 
-    ``spec`` is None where the class could not be read; ``pod`` and ``class_name`` are then what could be told of it.
-    ``remount`` says that this process mounted the volume before: the driver hides this failure from everybody else.
+    ``spec`` is None where the class could not be read; ``pod`` is None where not even that could be told.
     """
 
     code: str
@@ -108,7 +110,6 @@ class MountRefused:
     class_name: str
     target_path: str
     spec: MountSpec | None
-    remount: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,13 @@ class Revocation:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadShared:
+    """A pod got the answer to a read that another one, which Vault cannot tell from it, had sent already."""
+
+    server: VaultServer
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """Pods that are gone were looked for. ``error`` is "" where the listing could be believed; ``gone`` counts pods."""
 
@@ -202,6 +210,35 @@ class BreakerChanged:
     open: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """A lease or a certificate that is held for a pod. ``left`` is in seconds, infinite for no end.
+
+    ``renewed`` says that it is going to be renewed, so that its end is not the end of what the pod has.
+    """
+
+    path: str
+    kind: Kind
+    lease_id: str
+    left: float
+    renewed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """A session as it is now. ``token_left`` is in seconds, 0 without a token, infinite for one without end.
+
+    ``mounted_ago`` is in seconds too, infinite where it was taken up from another process and not mounted since.
+    """
+
+    who: Who
+    accessor: str
+    token_left: float
+    token_renewed: bool
+    mounted_ago: float
+    leases: tuple[LeaseView, ...]
+
+
 Event: TypeAlias = (
     VaultRequest
     | Mounted
@@ -210,6 +247,7 @@ Event: TypeAlias = (
     | Issued
     | Renewal
     | Revocation
+    | ReadShared
     | Swept
     | ProgramEnded
     | BreakerChanged
@@ -219,8 +257,12 @@ Event: TypeAlias = (
 class Telemetry:
     """Hands each event to all who listen. One that fails is told in the log, and disturbs nobody."""
 
-    def __init__(self, *listeners: Callable[[Event], None]) -> None:
-        self._listeners = listeners
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[Event], None]] = []
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Tell ``listener`` of every event from now on, after those who listen already."""
+        self._listeners.append(listener)
 
     def record(self, event: Event) -> None:
         """Tell everybody of ``event``, now."""

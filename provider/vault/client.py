@@ -66,6 +66,11 @@ class VaultSecret:
         return bool(self.lease_id)
 
     @property
+    def request_id(self) -> str:
+        """Vault's name for the request that this answers, under which its audit log has it; "" where it gives none."""
+        return str(self.response.get("request_id") or "")
+
+    @property
     def certificate_end(self) -> float | None:
         """Unix seconds at which an *issued* certificate ends, by the shape of the answer alone; None otherwise.
 

@@ -18,6 +18,7 @@ from provider.render import Renderer
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings, TlsSettings
 from provider.spc import Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
+from provider.telemetry.events import Telemetry
 from provider.vault import VaultServers
 from tests.spc_classes import plain
 from tests.stand.simtime import SimClock, World
@@ -124,10 +125,16 @@ class Node:
         self.versions: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
         self._stage = stage
         self._servers = VaultServers(clock=clock)
-        self.sessions = Sessions(self._servers, settings, clock=clock, key=key.get)
-        self.sweeper = Sweeper(self.sessions, stage.cluster, settings, clock=clock)
+        self.sessions = Sessions(self._servers, settings, clock=clock, key=key.get, telemetry=Telemetry())
+        self.sweeper = Sweeper(self.sessions, stage.cluster, settings, clock=clock, telemetry=Telemetry())
         self._mounter = Mounter(
-            self._servers, self.sessions, _Tokens(), key, Renderer(), timeout=settings.mount_timeout
+            self._servers,
+            self.sessions,
+            _Tokens(),
+            key,
+            Renderer(),
+            timeout=settings.mount_timeout,
+            telemetry=Telemetry(),
         )
         self._background: list[asyncio.Task[None]] = []
 
