@@ -15,13 +15,11 @@ import base64
 import binascii
 import contextlib
 import json
-import math
 import os
 import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -32,28 +30,13 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MIB: Final = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What the programs of one mount may take together: seconds of CPU time, and bytes over what an idle worker has."""
-
-    cpu: float
-    memory: int
-    niceness: int
-
-
-# A daemon that has no time for anything else must still answer its driver: programs come after it, and those that take
-# long after the others.
-FULL: Final = Allowance(1.0, 64 * MIB, 15)
-# What a program is first tried with, some ten times what most take. Whoever waits for one that does not end waits for
-# this at most.
-SMALL: Final = Allowance(0.1, 16 * MIB, 10)
-# Seconds until a child ends in any case.
+# Seconds of CPU time that the programs of one mount may take together, and of time until they end in any case.
+CPU_SECONDS: Final = 1
 WALL_SECONDS: Final = 1.8
-# Bytes of what asks for a child.
-MAX_ORDER: Final = 256
+# Bytes of memory that they may take over what an idle worker has.
+MEMORY_BYTES: Final = 64 * 1024 * 1024
+# A daemon that has no time for anything else must still answer its driver: programs come after it.
+_NICENESS: Final = 10
 # What a child says first: from here on its time is its own.
 STARTED: Final = b"+"
 # Characters of a name that is told.
@@ -85,20 +68,16 @@ def main() -> None:
                 os.close(number)
     control = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps children
-    # Nobody listens to these, so they end a child, wherever that is; the daemon's parent may have had them ignored.
-    for timer in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(timer, signal.SIG_DFL)
     _dump_no_core()
     while True:
-        received, descriptors, _, _ = socket.recv_fds(control, MAX_ORDER, 1)
-        if not received:
+        wanted, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        if not wanted:
             return
-        wanted, cpu, memory, niceness, wall = json.loads(received)
         # What the programs are written in is loaded here, once, and inherited by the children.
         _load(wanted)
         if not os.fork():
             control.close()
-            _serve(descriptors[0], Allowance(cpu, memory, niceness), wall)
+            _serve(descriptors[0])
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -113,26 +92,21 @@ def _dump_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
-def order(wanted: str, allowance: Allowance, wall: float) -> bytes:
-    """What asks for a child: the languages it needs (``T`` templates, ``J`` JMESPath) and what it may take."""
-    return compact([wanted, allowance.cpu, allowance.memory, allowance.niceness, wall]).encode()
-
-
-def _load(wanted: str) -> None:
+def _load(wanted: bytes) -> None:
     """Import what a child will need; it can open no file. Some modules are imported only as an error is told."""
-    if "T" in wanted and _environment is None:
+    if b"T" in wanted and _environment is None:
         check("{% for x in names %}{{ x | json }}{% endfor %}", ["names"])
         for text in ("{{ 'a' ~ absent }}", "{% wrong %}", "{{ ''.__class__ }}"):
             with contextlib.suppress(Failed):
                 render(text, {}, 100)
-    if "J" in wanted:
+    if b"J" in wanted:
         evaluate("length(@)", [], parse=False)
 
 
-def _serve(descriptor: int, allowance: Allowance, wall: float) -> None:
+def _serve(descriptor: int) -> None:
     """The child: never returns."""
     try:
-        _bound(allowance, wall)
+        _bound()
         connection = socket.socket(fileno=descriptor)
         connection.sendall(STARTED)
         received = bytearray()
@@ -144,20 +118,18 @@ def _serve(descriptor: int, allowance: Allowance, wall: float) -> None:
         os._exit(0)
 
 
-def _bound(allowance: Allowance, wall: float) -> None:
+def _bound() -> None:
     # Where a container runs out of memory, a child is what ends first.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + allowance.memory, used + allowance.memory))
-    # The limit is kept in whole seconds, and cannot be undone; the timer is exact.
-    seconds = math.ceil(allowance.cpu)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    signal.setitimer(signal.ITIMER_PROF, allowance.cpu)
-    signal.setitimer(signal.ITIMER_REAL, wall)
-    os.nice(allowance.niceness)
+    # Nobody listens to SIGALRM, so it ends the process, wherever that is.
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    os.nice(_NICENESS)
 
 
 # -- requests ------------------------------------------------------------------------------------------------------
@@ -307,7 +279,8 @@ def check(text: str, names: Sequence[str]) -> None:
     from jinja2 import meta, nodes
 
     made = environment()
-    tree, _ = _compiled(text)
+    _compiled(text)
+    tree = made.parse(text)
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise Failed("include", node.lineno)
     # As meta.find_undeclared_variables does, which computes constants on its way.
