@@ -40,13 +40,16 @@ _GRANT = 'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{{name}}";'
 
 
 class Cluster:
-    """PostgreSQL, the Kubernetes API and an OpenBao with KV, database and PKI engines, used as a context manager."""
+    """PostgreSQL, the Kubernetes API and an OpenBao with KV, database and PKI engines, used as a context manager.
 
-    def __init__(self, directory: Path, *, storage: Literal["dev", "raft"] = "dev") -> None:
+    `bao` is the OpenBao, if not one of this kind of `storage`; only such a one counts requests.
+    """
+
+    def __init__(self, directory: Path, *, storage: Literal["dev", "raft"] = "dev", bao: OpenBao | None = None) -> None:
         self.directory = directory
         self.postgres = Postgres()
         self.kube = KubeApi()
-        self.bao = OpenBao(storage=storage, audit=True)
+        self.bao = bao or OpenBao(storage=storage, audit=True)
         self.daemons = 0
         self._parts = contextlib.ExitStack()
 

@@ -382,6 +382,10 @@ class OpenBao:
             self._await_active()
             self._unseal_key = self._await(self._printed_unseal_key)
             return
+        self._open_storage()
+
+    def _open_storage(self) -> None:
+        """Initialise the storage of a server with a configuration file, if it is new, and unseal."""
         status = self._await(lambda: self.api("GET", "sys/seal-status", token=""))
         if not status["initialized"]:
             keys = self.api("POST", "sys/init", {"secret_shares": 1, "secret_threshold": 1}, token="")
