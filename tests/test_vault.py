@@ -28,6 +28,7 @@ from provider.errors import (
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
+from provider.telemetry.events import Event, Telemetry, VaultRequest
 from provider.vault import (
     EngineMount,
     LeaseGone,
@@ -48,6 +49,7 @@ from tests.stand.process import free_port
 
 TOKEN = Sensitive("hvs.of-a-test-that-may-read")
 LOGIN = Login("kubernetes", "shop", None)
+LOGIN_NESTED = Login("my/k8s", "shop", None)
 
 Call = Callable[[Vault], Awaitable[object]]
 
@@ -726,14 +728,87 @@ class TestStrangeAnswers:
         faulty.on("x", secret({"a": "canary"}, lease_id="lease/1"))
         faulty.on("auth/kubernetes/login", token("canary"))
         request = with_body("GET", "x", {"pin": "canary"})
-        bare = transport.Transport(vault.server, clock=SystemClock(), proxy="", large_bodies=Turns(1))
-        raw = await bare.send("GET", "/v1/x", {}, None)
+        bare = transport.Transport(
+            vault.server, clock=SystemClock(), proxy="", large_bodies=Turns(1), telemetry=Telemetry()
+        )
+        raw = await bare.send("GET", "/v1/x", {}, None, mount="x/")
         await bare.close()
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         answer = await read(vault, request)
         shown = [repr(part) for part in (raw, auth, answer, request)]
         assert "canary" not in "".join(shown)
         assert "lease/1" in shown[2]
+
+
+class TestTelling:
+    """What is recorded of the requests (metrics are made of it)."""
+
+    @pytest.fixture
+    def events(self) -> list[Event]:
+        return []
+
+    @pytest.fixture
+    async def vault(self, faulty: Faulty, events: list[Event]) -> AsyncIterator[Vault]:
+        telemetry = Telemetry()
+        telemetry.listen(events.append)
+        opened = VaultServers(clock=SystemClock(), telemetry=telemetry)
+        yield opened.get(at(faulty.address, "team"))
+        await opened.close()
+
+    @pytest.mark.parametrize(
+        ("method", "mount", "path", "call"),
+        [
+            ("POST", "auth/my/k8s/", "auth/my/k8s/login", lambda v: v.login(LOGIN_NESTED, Sensitive("jwt"), within())),
+            ("GET", "kv/", "kv/data/canary", lambda v: v.read(get("kv/data/canary"), TOKEN, within())),
+            ("GET", "kv/", "kv", lambda v: v.read(get("kv"), TOKEN, within())),
+            (
+                "GET",
+                "team/kv/",
+                "team/kv/data/canary",
+                lambda v: v.read(get("team/kv/data/canary"), TOKEN, within(), mount="team/kv/"),
+            ),
+            ("GET", "auth/token/", "auth/token/canary", lambda v: v.read(get("auth/token/canary"), TOKEN, within())),
+            ("GET", "", "k" * 600 + "/x", lambda v: v.read(get("k" * 600 + "/x"), TOKEN, within())),
+            ("POST", "auth/token/", "auth/token/renew-self", lambda v: v.renew_token(TOKEN, 60, within())),
+            ("PUT", "sys/", "sys/leases/renew", lambda v: v.renew_lease(TOKEN, "canary", 60, within())),
+            ("POST", "auth/token/", "auth/token/revoke-self", lambda v: v.revoke_token(TOKEN, within())),
+            ("GET", "auth/token/", "auth/token/lookup-self", lambda v: v.token_lives(TOKEN, within())),
+            ("GET", "sys/", "sys/internal/ui/mounts/kv/canary", lambda v: v.engine_of("kv/canary", TOKEN, within())),
+        ],
+    )
+    async def test_each_request_is_told(
+        self, vault: Vault, faulty: Faulty, events: list[Event], method: str, mount: str, path: str, call: Call
+    ) -> None:
+        """Method, mount, status and seconds of each request that goes out, and nothing of the secret's path."""
+        faulty.on(path, refusal(503), replace(token("hvs.new", lease_id=""), stall=0.05))
+        await call(vault)
+        first, second = (event for event in events if isinstance(event, VaultRequest))
+        assert (first.server, first.method, first.mount, first.status) == (vault.server, method, mount, 503)
+        assert (second.method, second.mount, second.status) == (method, mount, 200)
+        assert 0.05 <= second.seconds < 20
+        assert "canary" not in repr(events)
+
+    async def test_request_without_an_answer_is_told(self, vault: Vault, faulty: Faulty, events: list[Event]) -> None:
+        """A request that got no answer has status 0, whether it was lost, never sent, or given up."""
+        faulty.on("x", Answer(cut=Cut.BEFORE), Answer(stall=3600))
+        with pytest.raises(AnswerLost):
+            await read(vault)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await vault.read(get("x"), TOKEN, within())
+        await vault.close()
+        faulty.stop()
+        with pytest.raises(VaultUnavailable):
+            await vault.read(get("x"), TOKEN, within(0))
+        assert [(event.mount, event.status) for event in events if isinstance(event, VaultRequest)] == [("x/", 0)] * 3
+
+    @pytest.mark.parametrize(
+        ("said", "known"), [("1f-2", "1f-2"), (None, ""), (7, ""), ("a" * 64, "a" * 64), ("a" * 65, "")]
+    )
+    async def test_request_id(self, vault: Vault, faulty: Faulty, said: object, known: str) -> None:
+        """An answer says which request of Vault's audit log it was, unless what it says is no such name."""
+        faulty.on("x", secret({"a": "1"}, request_id=said))
+        assert (await read(vault)).request_id == known
 
 
 class TestLives:

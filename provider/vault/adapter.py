@@ -55,7 +55,8 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
 
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
-    Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``.
+    Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``. ``mount`` is the auth or
+    engine mount that is told of them, with a slash at its end.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         token: Sensitive[str] | None,
         deadline: float,
         *,
+        mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
         owner: Hashable = None,
@@ -72,6 +74,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         self._transport = transport
         self._token = token
         self._deadline = deadline
+        self._mount = mount
         self._resend = resend
         self._hidden = (*hidden, token) if token else tuple(hidden)
         self._owner = owner
@@ -104,7 +107,9 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         for tries in range(1, MAX_TRIES + 1):
             wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
             try:
-                answer = await self._transport.send(method.upper(), url, sent, body, self._owner)
+                answer = await self._transport.send(
+                    method.upper(), url, sent, body, mount=self._mount, owner=self._owner
+                )
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:

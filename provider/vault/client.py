@@ -27,6 +27,7 @@ from provider.errors import (
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS
 from provider.spc import Login, SecretRequest, VaultServer
+from provider.telemetry.events import Telemetry
 from provider.vault.adapter import Refusal, VaultAdapter
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
@@ -36,6 +37,12 @@ _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
 _HEADER_TEXT: Final = re.compile(r"[!-~]+")
 # A mount's path, type and version are kept for every mount that classes name: no longer than any is.
 MAX_MOUNT_TEXT: Final = 512
+# OpenBao's are UUIDs, of 36 characters; what is longer is none.
+MAX_REQUEST_ID: Final = 64
+
+# What is told of the requests that are not a class's own.
+_TOKENS: Final = "auth/token/"
+_SYSTEM: Final = "sys/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +74,9 @@ class VaultSecret:
 
     @property
     def request_id(self) -> str:
-        """Vault's name for the request that this answers, under which its audit log has it; "" where it gives none."""
-        return str(self.response.get("request_id") or "")
+        """Vault's name for the request that gave this answer, by which its audit log knows it; "" where it has none."""
+        found = self.response.get("request_id")
+        return found if isinstance(found, str) and len(found) <= MAX_REQUEST_ID else ""
 
     @property
     def certificate_end(self) -> float | None:
@@ -113,7 +121,7 @@ class Vault:
             LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(None, deadline, resend=False, hidden=(jwt,))
+        adapter = self._adapter(None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,))
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
@@ -134,8 +142,10 @@ class Vault:
             num_uses=int(_seconds(auth.get("num_uses"))),
         )
 
-    async def read(self, request: SecretRequest, token: Sensitive[str], deadline: float) -> VaultSecret:
-        """Send a class's request and return the answer.
+    async def read(
+        self, request: SecretRequest, token: Sensitive[str], deadline: float, *, mount: str = ""
+    ) -> VaultSecret:
+        """Send a class's request and return the answer. ``mount`` is its engine's path, where that is known.
 
         Reads under one token are one owner's, and take turns with those of others (``Transport.send``): each session
         has a token of its own.
@@ -147,7 +157,13 @@ class Vault:
             VaultUnavailable: no answer, or none of Vault's.
         """
         adapter = VaultAdapter(
-            self._transport, token, deadline, resend=False, hidden=_values(request.body), owner=token
+            self._transport,
+            token,
+            deadline,
+            mount=mount or mount_of(request.path),
+            resend=False,
+            hidden=_values(request.body),
+            owner=token,
         )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
         if request.query:
@@ -169,7 +185,7 @@ class Vault:
 
         Raises LeaseGone (403: the token is dead), RenewalRefused, VaultUnavailable.
         """
-        adapter = self._adapter(token, deadline, resend=True)
+        adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             answer = await Token(adapter).renew_self(increment=f"{int(increment)}s")
         except Refusal as refusal:
@@ -185,7 +201,7 @@ class Vault:
         Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission),
         VaultUnavailable.
         """
-        adapter = self._adapter(token, deadline, resend=True)
+        adapter = self._adapter(token, deadline, mount=_SYSTEM, resend=True)
         try:
             answer = await Lease(adapter).renew_lease(lease_id, increment=int(increment))
         except Refusal as refusal:
@@ -201,7 +217,7 @@ class Vault:
 
         Raises RenewalRefused (a batch token cannot be revoked, nor one that may not revoke itself), VaultUnavailable.
         """
-        adapter = self._adapter(token, deadline, resend=True)
+        adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             await Token(adapter).revoke_self()
         except Refusal as refusal:
@@ -212,7 +228,7 @@ class Vault:
 
     async def token_lives(self, token: Sensitive[str], deadline: float) -> bool:
         """Whether ``lookup-self`` knows the token. Raises VaultUnavailable where nobody could say."""
-        adapter = self._adapter(token, deadline, resend=True)
+        adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             await Token(adapter).lookup_self()
         except Refusal:
@@ -226,7 +242,7 @@ class Vault:
 
         Raises VaultUnavailable.
         """
-        adapter = self._adapter(token, deadline, resend=True)
+        adapter = self._adapter(token, deadline, mount=_SYSTEM, resend=True)
         try:
             answer = await adapter.request("GET", "/v1/sys/internal/ui/mounts/" + quote(path, safe=_PATH_SAFE))
         except Refusal:
@@ -251,10 +267,11 @@ class Vault:
         token: Sensitive[str] | None,
         deadline: float,
         *,
+        mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
     ) -> VaultAdapter:
-        return VaultAdapter(self._transport, token, deadline, resend=resend, hidden=hidden)
+        return VaultAdapter(self._transport, token, deadline, mount=mount, resend=resend, hidden=hidden)
 
 
 class VaultServers:
@@ -264,8 +281,16 @@ class VaultServers:
     gives, and opens new ones when it is asked again.
     """
 
-    def __init__(self, *, clock: Clock, proxy: str = "", max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        proxy: str = "",
+        max_connections: int = MAX_CONNECTIONS,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._clock = clock
+        self._telemetry = telemetry or Telemetry()
         self._proxy = proxy
         self._max_connections = max_connections
         self._large_bodies = Turns(LARGE_BODIES)
@@ -283,6 +308,7 @@ class VaultServers:
                 proxy=self._proxy,
                 large_bodies=self._large_bodies,
                 max_connections=self._max_connections,
+                telemetry=self._telemetry,
             )
             vault = self._held[server] = Vault(transport)
         self._recent[server] = vault
@@ -298,6 +324,16 @@ class VaultServers:
         """Close every connection."""
         await asyncio.gather(*self._closing, *(vault.close() for vault in self._held.values()))
         self._recent.clear()
+
+
+def mount_of(path: str) -> str:
+    """As much of the mount that serves ``path`` as the path alone tells, with a slash: never a secret's name.
+
+    Where it has several elements that is the first of them, and for an auth mount the first two.
+    """
+    first, _, rest = path.partition("/")
+    mount = f"auth/{rest.partition('/')[0]}/" if first == "auth" else f"{first}/"
+    return mount if len(mount) <= MAX_MOUNT_TEXT else ""
 
 
 def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:

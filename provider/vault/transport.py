@@ -7,6 +7,7 @@ import ipaddress
 import json
 import logging
 import ssl
+import time
 import urllib.request
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
+from provider.telemetry.events import Telemetry, VaultRequest
 from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, bound
 from provider.vault.tls import Fingerprint, fingerprint, make_context
 from provider.vault.turns import Turns
@@ -81,9 +83,11 @@ class Transport:
         proxy: str,
         large_bodies: Turns,
         max_connections: int = MAX_CONNECTIONS,
+        telemetry: Telemetry,
     ) -> None:
         self.server = server
         self.clock = clock
+        self._telemetry = telemetry
         self._max_connections = max_connections
         self._large_bodies = large_bodies
         self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
@@ -101,12 +105,20 @@ class Transport:
         self._opening = asyncio.Lock()
 
     async def send(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, owner: Hashable = None
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        *,
+        mount: str,
+        owner: Hashable = None,
     ) -> Answer:
         """Send one request, once, and read its answer.
 
-        ``path`` begins with a slash and is percent-encoded, query included. Requests with an ``owner`` take turns,
-        owner by owner, at all connections but RESERVED_CONNECTIONS; one without never waits for them.
+        ``path`` begins with a slash and is percent-encoded, query included. ``mount`` is what is told of it. Requests
+        with an ``owner`` take turns, owner by owner, at all connections but RESERVED_CONNECTIONS; one without never
+        waits for them.
 
         Raises:
             NotSent: no connection came about.
@@ -114,14 +126,23 @@ class Transport:
             VaultUnavailable: TLS failed, or the answer is too large.
         """
         if owner is None:
-            return await self._send(method, path, headers, body)
+            return await self._send(method, path, headers, body, mount)
         await self._turns.take(owner)
         try:
-            return await self._send(method, path, headers, body)
+            return await self._send(method, path, headers, body, mount)
         finally:
             self._turns.give(owner)
 
-    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, mount: str) -> Answer:
+        began, status = time.monotonic(), 0
+        try:
+            answer = await self._exchange(method, path, headers, body)
+            status = answer.status
+            return answer
+        finally:
+            self._telemetry.record(VaultRequest(self.server, method, mount, status, time.monotonic() - began))
+
+    async def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
         pool = await self._current_pool()
         sent = {"User-Agent": f"vault-csi-provider/{__version__}", "X-Vault-Request": "true", **headers}
         if self.server.namespace:
