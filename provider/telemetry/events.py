@@ -211,6 +211,20 @@ class BreakerChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditOutage:
+    """The audit log could not be written any more (``began``), or could again."""
+
+    began: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLost:
+    """So many lines of the audit log are not written, and never will be."""
+
+    lines: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseView:
     """A lease or a certificate that is held for a pod. ``left`` is in seconds, infinite for no end.
 
@@ -251,6 +265,8 @@ Event: TypeAlias = (
     | Swept
     | ProgramEnded
     | BreakerChanged
+    | AuditOutage
+    | AuditLost
 )
 
 
