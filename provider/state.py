@@ -42,7 +42,7 @@ _LOCK_POLL_SECONDS: Final = 0.02
 
 
 class StateUnusable(ProviderError):
-    """The state directory cannot be used as it is; the daemon goes on without."""
+    """The state directory cannot be used as it is; the daemon goes on without, and has been told why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,10 @@ class Entry:
 
 
 class StateDir:
-    """The state directory. Every method but ``lock`` is short; those that touch the disk run in a thread."""
+    """The state directory. Every method but ``lock`` is short; those that touch the disk run in a thread.
+
+    What keeps it from being written to is logged once, however many sessions meet it, and so is the end of that.
+    """
 
     def __init__(self, directory: str, key: bytes) -> None:
         """Make or check the directory. Raises StateUnusable."""
@@ -67,20 +70,13 @@ class StateDir:
         self._cipher = AESGCM(derived)
         self._path = Path(directory)
         self._holding: int | None = None
-        try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self._path.lstat()
-            if not stat.S_ISDIR(found.st_mode):
-                raise StateUnusable(f"the state directory {directory} is no directory", "remove it")
-            if found.st_uid != os.geteuid():
-                raise StateUnusable(f"the state directory {directory} belongs to another user", "remove it")
-            if stat.S_IMODE(found.st_mode) != 0o700:
-                self._path.chmod(0o700)
+        self._failing = False
+        self._too_large: set[str] = set()
+        self._make()
+        with contextlib.suppress(OSError):  # on a disk that is read-only for now they are in nobody's way
             for left in self._path.glob("*.session.*.new"):
                 if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
                     left.unlink()
-        except OSError as error:
-            raise StateUnusable(f"cannot use the state directory {directory}: {error.strerror}") from error
 
     def keys(self) -> list[str]:
         """The keys of all entries, readable or not."""
@@ -108,6 +104,7 @@ class StateDir:
 
     def remove(self, key: str) -> None:
         """Remove an entry and its lock; the caller holds the lock."""
+        self._too_large.discard(key)
         for path in (self._file(key), self._lock_file(key)):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -129,9 +126,15 @@ class StateDir:
                 os.close(descriptor)
 
     def hold(self) -> bool:
-        """Take the directory's own lock, for as long as this process lives; False where another has it."""
+        """Take the directory's own lock, for as long as this process lives; False where another has it.
+
+        Raises StateUnusable.
+        """
+        path = self._path / "directory.lock"
+        if self._holding is not None and not _same_file(self._holding, path):
+            self.close()  # the directory was emptied, and another daemon may have made this lock anew
         if self._holding is None:
-            descriptor = self._open_lock(self._path / "directory.lock")
+            descriptor = self._open_lock(path)
             if not _try_lock(descriptor):
                 os.close(descriptor)
                 return False
@@ -150,11 +153,41 @@ class StateDir:
     def _lock_file(self, key: str) -> Path:
         return self._path / f"{key}.lock"
 
-    def _open_lock(self, path: Path) -> int:
+    def _make(self) -> None:
+        """Make the directory, or check that it is ours."""
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = self._path.lstat()
+            if not stat.S_ISDIR(found.st_mode):
+                raise StateUnusable(f"the state directory {self._path} is no directory", "remove it")
+            if found.st_uid != os.geteuid():
+                raise StateUnusable(f"the state directory {self._path} belongs to another user", "remove it")
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                self._path.chmod(0o700)
         except OSError as error:
-            raise StateUnusable(f"cannot lock in the state directory {self._path}: {error.strerror}") from error
+            raise StateUnusable(f"cannot use the state directory {self._path}: {error.strerror}") from error
+
+    def _open_lock(self, path: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            try:
+                return os.open(path, flags, 0o600)
+            except FileNotFoundError:  # whoever removed the files took the directory too
+                self._make()
+                return os.open(path, flags, 0o600)
+        except OSError as error:
+            raise self._failed("lock in", error) from error
+
+    def _failed(self, what: str, error: OSError) -> StateUnusable:
+        """The error to raise where the directory cannot be used; told of, unless it is known already."""
+        fault = StateUnusable(
+            f"cannot {what} the state directory {self._path}: {error.strerror}",
+            "sessions are kept in memory only until it is writable",
+        )
+        if not self._failing:
+            self._failing = True
+            _log.warning("%s", fault)
+        return fault
 
     def _load(self, key: str) -> Entry | None:
         path = self._file(key)
@@ -201,10 +234,15 @@ class StateDir:
         nonce = secrets.token_bytes(_NONCE)
         plain = json.dumps(entry.payload, separators=(",", ":")).encode()
         if len(plain) > MAX_FILE_BYTES - 1024:
-            raise StateUnusable(
+            fault = StateUnusable(
                 f"the session state {path.name} would have {len(plain)} bytes, more than {MAX_FILE_BYTES}",
                 "its pod's credentials are not kept across a restart: name smaller secrets",
             )
+            if key not in self._too_large:
+                self._too_large.add(key)
+                _log.warning("%s", fault)
+            raise fault
+        self._too_large.discard(key)
         raw = head + nonce + self._cipher.encrypt(nonce, plain, head + path.name.encode())
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
@@ -218,10 +256,10 @@ class StateDir:
         except OSError as error:
             with contextlib.suppress(OSError):
                 fresh.unlink()
-            raise StateUnusable(
-                f"cannot write to the state directory {self._path}: {error.strerror}",
-                "sessions are kept in memory only until it is writable",
-            ) from error
+            raise self._failed("write to", error) from error
+        if self._failing:
+            self._failing = False
+            _log.info("the state directory %s is written to again", self._path)
 
     def _sync_directory(self) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

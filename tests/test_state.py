@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -276,17 +277,60 @@ async def test_full_disk_leaves_the_old(state: StateDir, directory: Path) -> Non
 
 
 async def test_directory_that_vanished(state: StateDir, directory: Path) -> None:
-    """Without the directory there is nothing to load, and saving and locking are errors of ours."""
+    """Without the directory there is nothing to load; the next lock makes it again, for its owner alone."""
     directory.rmdir()
     assert state.keys() == []
     assert await state.load(NAME) is None
     with pytest.raises(StateUnusable, match="cannot write"):
         await saved(state)
+    async with state.lock(NAME):
+        await saved(state)
+    assert await state.load(NAME) == Entry(1, PAYLOAD)
+    assert mode(directory) == 0o700
+
+
+async def test_directory_that_cannot_be_made_again(state: StateDir, directory: Path) -> None:
+    """Where something else stands in its place, or in its way, locks are errors of ours."""
+    directory.rmdir()
+    directory.touch()
     with pytest.raises(StateUnusable, match="cannot lock"):
         async with state.lock(NAME):
             pass
+    directory.unlink()
+    directory.parent.rmdir()
+    directory.parent.touch()
     with pytest.raises(StateUnusable, match="cannot lock"):
         state.hold()
+
+
+async def test_fault_is_told_once(state: StateDir, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """However many entries meet it, one fault is one line, and its end another; the next fault is told again."""
+    caplog.set_level("INFO")
+    for round_ in (1, 2):
+        (directory / f"{NAME}.session.{os.getpid()}.new").symlink_to("/dev/full")
+        (directory / f"{OTHER}.session.{os.getpid()}.new").symlink_to("/dev/full")
+        for name in (NAME, OTHER):
+            with pytest.raises(StateUnusable):
+                await state.save(name, Entry(1, PAYLOAD))
+        assert caplog.text.count("cannot write to the state directory") == round_
+        assert caplog.text.count("is written to again") == round_ - 1
+        await saved(state)
+        await saved(state)
+        assert caplog.text.count("is written to again") == round_
+
+
+async def test_entry_that_is_too_large_is_told_once(state: StateDir, caplog: pytest.LogCaptureFixture) -> None:
+    """An entry over the limit is not written, and told of once, until it fits or is removed."""
+    huge = Entry(1, {"value": "x" * MAX_FILE_BYTES})
+    for round_, between in ((1, None), (2, "saved"), (3, "removed")):
+        if between == "saved":
+            await saved(state)
+        elif between == "removed":
+            state.remove(NAME)
+        for _ in range(2):
+            with pytest.raises(StateUnusable, match="more than"):
+                await state.save(NAME, huge)
+        assert caplog.text.count("more than") == round_
 
 
 async def test_removed_entry_leaves_nothing(state: StateDir, directory: Path) -> None:
@@ -368,3 +412,33 @@ def test_directory_is_held_by_one(state: StateDir, directory: Path) -> None:
     state.close()
     assert other.hold()
     other.close()
+
+
+def test_lock_of_an_emptied_directory_is_taken_anew(state: StateDir, directory: Path) -> None:
+    """Who held the directory believes so no more once its lock is gone: another daemon may have made it anew."""
+    other = StateDir(str(directory), KEY)
+    assert state.hold()
+    (directory / "directory.lock").unlink()
+    assert [other.hold(), state.hold()] == [True, False]
+    other.close()
+    assert state.hold()
+    (directory / "directory.lock").unlink()
+    assert [state.hold(), other.hold()] == [True, False]
+    state.close()
+
+
+def test_read_only_leftovers_are_no_fault(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that can be read and not written is used as it is: what is in it can be taken up."""
+    directory.mkdir(mode=0o700, parents=True)
+    left = directory / f"{NAME}.session.77.new"
+    left.touch()
+    os.utime(left, (0, 0))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert StateDir(str(directory), KEY).keys() == []
+    monkeypatch.undo()
+    StateDir(str(directory), KEY)
+    assert not left.exists()

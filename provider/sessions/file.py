@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 from provider.clock import Clock
 from provider.sessions.snapshot import Snapshot, dump, load
 from provider.state import Entry, StateDir, StateUnusable
 
-_log = logging.getLogger(__name__)
-
 
 class SessionFile:
     """The file of one session, or nothing at all while ``state`` gives no directory.
 
-    ``adopt`` takes over what another daemon wrote; ``snapshot`` is what to write. ``about`` goes into log lines.
+    ``adopt`` takes over what another daemon wrote; ``snapshot`` is what to write.
     """
 
     def __init__(
@@ -28,7 +25,6 @@ class SessionFile:
         *,
         adopt: Callable[[Snapshot], None],
         snapshot: Callable[[], Snapshot],
-        about: Mapping[str, object],
     ) -> None:
         self.changed = False
         """Whether the session has something that its file does not hold."""
@@ -39,7 +35,6 @@ class SessionFile:
         self._clock = clock
         self._adopt = adopt
         self._snapshot = snapshot
-        self._about = about
         self._ended = False
         self._gate = asyncio.Lock()
         self._holders = 0
@@ -51,9 +46,13 @@ class SessionFile:
         return self._state() is not None
 
     def is_behind(self) -> bool:
-        """Whether another daemon wrote it since it was last read."""
+        """Whether another daemon wrote it since it was last read. One that was lost is to be written anew."""
         store = self._state()
-        return store is not None and store.generation(self._key) not in (None, self.generation)
+        if store is None:
+            return False
+        found = store.generation(self._key)
+        self.changed |= found is None and self.generation > 0
+        return found not in (None, self.generation)
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
@@ -100,9 +99,8 @@ class SessionFile:
             return
         try:
             await self._lock.enter_async_context(store.lock(self._key))
-        except StateUnusable as error:
-            _log.warning("%s", error, extra=self._about)
-            return
+        except StateUnusable:
+            return  # without the lock, as without the directory
         entry = await store.load(self._key) if self.is_behind() else None
         if entry is not None:
             try:
@@ -119,8 +117,7 @@ class SessionFile:
         self.changed = False
         try:
             await store.save(self._key, Entry(self.generation + 1, dump(self._snapshot(), self._clock)))
-        except StateUnusable as error:
-            self.changed = True
-            _log.warning("%s", error, extra=self._about)
+        except StateUnusable:
+            self.changed = True  # tried again after the next mount or renewal
         else:
             self.generation += 1

@@ -60,6 +60,7 @@ class Sessions:
         self._state: StateDir | None = None
         self._state_opening: asyncio.Task[None] | None = None
         self._key_awaited_until: float | None = None
+        self._unusable = ""
         self._looked_for_files_at = -math.inf
         self._shared = SharedReads(clock, telemetry, enabled=settings.share_reads)
         self._around = Surroundings(
@@ -137,10 +138,10 @@ class Sessions:
         while True:
             now = self._clock.now()
             next_at = min(map(self._due_at, self._sessions.values()), default=math.inf)
-            if self._settings.state_dir:
+            if self._settings.state_dir and now >= self._looked_for_files_at + LOOK_FOR_FILES_SECONDS:
                 if self._state is None:
                     self._open_state()
-                elif now >= self._looked_for_files_at + LOOK_FOR_FILES_SECONDS:
+                else:
                     await self._take_up(self._state)
             wait = min(LONGEST_SLEEP_SECONDS, max(SHORTEST_SLEEP_SECONDS, next_at - now))
             self._next_look_at = now + wait
@@ -196,8 +197,7 @@ class Sessions:
             return True
         try:
             return self._state is not None and self._state.hold()
-        except StateUnusable as error:
-            _log.warning("%s", error)
+        except StateUnusable:
             return False
 
     async def close(self) -> None:
@@ -280,13 +280,16 @@ class Sessions:
         """Open the state directory as soon as the key is there, and take up what is in it."""
         while (key := await self._key()) is None:  # noqa: ASYNC110  # it comes from elsewhere, and tells nobody
             await asyncio.sleep(KEY_POLL_SECONDS)
-        state = None
-        while state is None:
-            try:
-                state = await asyncio.to_thread(StateDir, self._settings.state_dir, key)
-            except StateUnusable as error:
+        try:
+            state = await asyncio.to_thread(StateDir, self._settings.state_dir, key)
+        except StateUnusable as error:
+            if str(error) != self._unusable:
+                self._unusable = str(error)
                 _log.warning("%s; sessions are kept in memory only", error)
-                await asyncio.sleep(LOOK_FOR_FILES_SECONDS)
+            # Tried again when files are next looked for; no mount waits for it meanwhile.
+            self._looked_for_files_at = self._clock.now()
+            self._key_awaited_until = -math.inf
+            return
         await self._take_up(state)
         self._state = state
 

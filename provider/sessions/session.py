@@ -111,7 +111,6 @@ class Session:
             around.clock,
             adopt=self.adopt,
             snapshot=self._snapshot,
-            about=self._about(),
         )
 
     # -- mounts ----------------------------------------------------------------------------------------------------
