@@ -7,8 +7,6 @@ import base64
 import contextlib
 import logging
 import ssl
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -221,13 +219,6 @@ async def test_nothing_happens_before_the_first_call(tmp_path: Path) -> None:
     """A daemon that never needs the API is not bothered by a configuration that is not there."""
     client = Kubernetes(str(tmp_path / "missing"))
     await client.close()
-
-
-def test_the_client_library_is_imported_late() -> None:
-    """Importing the room costs no megabytes: lightkube and its HTTP client come with the first call."""
-    code = "import sys, provider.kube; print([m for m in sys.modules if m.split('.')[0] in ('lightkube', 'httpx2')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.fixture

@@ -1,31 +1,20 @@
-"""The only importer of lightkube: four calls of the Kubernetes API, with its errors turned into one of ours.
-
-Importing this module costs 6 MiB and 0.15 s, which an installation that needs no Kubernetes API never pays:
-``provider.kube.kubernetes`` imports it on first need, in a thread (docs/decisions/kubernetes-client.md).
-"""
+"""Four calls of the Kubernetes API over aiohttp, with its failures turned into one of ours."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import random
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
 
-import httpx2
-from lightkube import AsyncClient, ConfigError, KubeConfig
-from lightkube.config import client_adapter
-from lightkube.config.kubeconfig import SingleConfig
-from lightkube.models.authentication_v1 import BoundObjectReference, TokenRequestSpec
-from lightkube.models.meta_v1 import ObjectMeta
-from lightkube.resources.core_v1 import Secret, ServiceAccountToken
+import aiohttp
 
-from provider.kube.failures import ApiFailure, NotConfigured
+from provider.kube.config import ApiConfig
+from provider.kube.failures import ApiFailure
 from provider.kube.pods import MAX_LIST_BYTES, METADATA_LIST, NodePods, parse
 from provider.redact import one_line
-
-_T = TypeVar("_T")
 
 # Requests in flight at once: a node's boot asks for a hundred tokens, and a thousand nodes may boot together.
 MAX_REQUESTS: Final = 8
@@ -39,27 +28,34 @@ MAX_PAUSE_SECONDS: Final = 2.0
 # A connection that is not there by then is tried again: behind the service's address stand several API
 # servers.
 CONNECT_SECONDS: Final = 3.0
+# A Status, a token or a Secret has some KiB.
+MAX_ANSWER_BYTES: Final = 1024 * 1024
 # Too many requests, and what says that a server, or what stands before it, is not well at the moment.
 _TRANSIENT: Final = frozenset({429, 500, 502, 503, 504})
+# What says that no answer came, and may come to the same request sent again.
+_UNANSWERED: Final = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError)
 
 
 class Api:
-    """A connection pool to one API server, with one configuration; build one with ``connect``.
+    """A connection pool to one API server, with one configuration; for one event loop.
 
-    Every method raises ApiFailure and nothing else, and is as safe to send twice as once: a TokenRequest
-    leaves nothing behind in the API server, and of two creations of one Secret the second is refused.
+    Every method raises ApiFailure and nothing else, waits for as long as its caller does, and is as safe to send twice
+    as once: a TokenRequest leaves nothing behind in the API server, and of two creations of one Secret the second is
+    refused.
     """
 
-    def __init__(self, config: SingleConfig, call_seconds: float) -> None:
-        self.address = config.cluster.server
+    def __init__(self, config: ApiConfig) -> None:
         self.namespace = config.namespace
-        timeout = httpx2.Timeout(call_seconds, connect=CONNECT_SECONDS)
-        # No proxy, netrc or CA of the environment: those are set for Vault, and an operator who sets HTTPS_PROXY
-        # for it may well forget to write the cluster's service addresses into NO_PROXY.
-        self._client = AsyncClient(config, timeout=timeout, trust_env=False)
-        # lightkube's HTTP client with the same authentication and TLS, for what its listings cannot ask for.
-        connection = client_adapter.ConnectionParams(timeout=timeout, trust_env=False)
-        self._http = client_adapter.AsyncClient(config, connection)
+        self._config = config
+        self._from_file: str | None = None
+        # No proxy, netrc or CA of the environment, which aiohttp leaves alone unless told: those are set for Vault, and
+        # an operator who sets HTTPS_PROXY for it may well forget to write the cluster's addresses into NO_PROXY.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=MAX_REQUESTS, ssl=config.tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            headers={"Accept": "application/json"},
+        )
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def create_token(
@@ -72,42 +68,39 @@ class Api:
         seconds: int,
     ) -> str:
         """A JWT of the service account, bound to the pod, for ``audience`` (None: the API server's own)."""
-        wanted = ServiceAccountToken(
-            metadata=ObjectMeta(),
-            spec=TokenRequestSpec(
-                audiences=None if audience is None else [audience],
-                expirationSeconds=seconds,
-                boundObjectRef=BoundObjectReference(apiVersion="v1", kind="Pod", name=pod_name, uid=pod_uid),
-            ),
+        wanted: dict[str, Any] = {
+            "expirationSeconds": seconds,
+            "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": pod_name, "uid": pod_uid},
+        }
+        if audience is not None:
+            wanted["audiences"] = [audience]
+        answer = await self._object(
+            "POST",
+            f"/api/v1/namespaces/{namespace}/serviceaccounts/{service_account}/token",
+            {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": wanted},
         )
-
-        async def send() -> ServiceAccountToken:
-            return await self._client.create(wanted, service_account, namespace=namespace)
-
-        answer = await self._call(send)
-        token = answer.status.token if answer.status else None
-        if not token:
+        status = answer.get("status")
+        token = status.get("token") if isinstance(status, dict) else None
+        if not isinstance(token, str) or not token:
             raise ApiFailure(200, "", "the answer holds no token")
         return token
 
     async def read_secret(self, name: str) -> dict[str, str]:
         """The data of a Secret in our own namespace, each value in base64."""
+        data = (await self._object("GET", f"/api/v1/namespaces/{self.namespace}/secrets/{name}")).get("data")
+        return {str(key): str(value) for key, value in data.items()} if isinstance(data, dict) else {}
 
-        async def send() -> Secret:
-            return await self._client.get(Secret, name, namespace=self.namespace)
-
-        return (await self._call(send)).data or {}
-
-    async def create_immutable_secret(self, name: str, data: dict[str, str]) -> None:
+    async def create_immutable_secret(self, name: str, data: Mapping[str, str]) -> None:
         """Create a Secret in our own namespace that nobody can change; status 409 where it exists."""
-        wanted = Secret(
-            metadata=ObjectMeta(name=name, namespace=self.namespace), type="Opaque", immutable=True, data=data
-        )
-
-        async def send() -> Secret:
-            return await self._client.create(wanted)
-
-        await self._call(send)
+        wanted = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": name, "namespace": self.namespace},
+            "type": "Opaque",
+            "immutable": True,
+            "data": dict(data),
+        }
+        await self._object("POST", f"/api/v1/namespaces/{self.namespace}/secrets", wanted)
 
     async def list_pods(self, namespace: str, selector: str, *, cached: bool) -> NodePods:
         """The pods of a namespace ("": of all) that a field selector chooses, by their metadata alone.
@@ -116,22 +109,7 @@ class Api:
         """
         path = f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
         query = {"fieldSelector": selector} | ({"resourceVersion": "0"} if cached else {})
-
-        async def send() -> bytearray:
-            async with self._http.stream("GET", path, params=query, headers={"Accept": METADATA_LIST}) as response:
-                if not response.is_success:
-                    await response.aread()
-                    response.raise_for_status()
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_LIST_BYTES:
-                        break
-                return body
-
-        body = await self._call(send)
-        if len(body) > MAX_LIST_BYTES:
-            raise ApiFailure(200, "", f"the list is larger than {MAX_LIST_BYTES // 2**20} MiB")
+        body = await self._call("GET", path, query=query, accept=METADATA_LIST, limit=MAX_LIST_BYTES)
         try:
             return parse(body)
         except ValueError as error:
@@ -139,85 +117,118 @@ class Api:
 
     async def close(self) -> None:
         """Close the connections; calls in flight fail."""
-        await self._client.close()
-        await self._http.aclose()
+        await self._session.close()
 
-    async def _call(self, send: Callable[[], Awaitable[_T]]) -> _T:
+    async def _object(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        answer = _json(await self._call(method, path, body))
+        if answer is None:
+            raise ApiFailure(200, "", "its answer is not the Kubernetes API's")
+        return answer
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        accept: str = "application/json",
+        limit: int = MAX_ANSWER_BYTES,
+    ) -> bytearray:
+        """The body of an answer that is no refusal."""
         attempt = 1
+        renewed = False
         while True:
+            pause: float | None = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             try:
-                async with self._slots:
-                    return await send()
-            except Exception as error:
-                pause = _pause(error, attempt)
-                if pause is None:
-                    raise _failure(error) from error
+                token = await self._bearer()
+                async with (
+                    self._slots,
+                    self._session.request(
+                        method,
+                        self._config.server + path,
+                        params=query,
+                        json=body,
+                        headers={"Accept": accept} | ({"Authorization": f"Bearer {token}"} if token else {}),
+                        allow_redirects=False,
+                    ) as response,
+                ):
+                    answer = await _read(response, limit)
+                    status, reason, asked = response.status, response.reason or "", response.headers.get("Retry-After")
+            except _UNANSWERED as error:
+                failure = ApiFailure(0, "", _told(error))
+            except aiohttp.ClientError as error:
+                # Its text quotes what the server sent.
+                raise ApiFailure(0, "", f"its answer is not the Kubernetes API's ({type(error).__name__})") from None
+            else:
+                if 200 <= status < 300:
+                    if len(answer) > limit:
+                        raise ApiFailure(status, "", f"the answer is larger than {limit // 2**20} MiB")
+                    return answer
+                if status == HTTPStatus.UNAUTHORIZED and self._from_file is not None and not renewed:
+                    # docs/contract.md section 4: kubelet rotates the file.
+                    renewed, self._from_file = True, None
+                    continue
+                failure = _refusal(status, reason, answer)
+                pause = _pause(status, asked, pause)
+            if attempt == ATTEMPTS or pause is None:
+                # Without a cause: aiohttp's errors show the headers that were sent, our token among them.
+                raise failure
             attempt += 1
             await asyncio.sleep(pause)
 
-
-def connect(kubeconfig: str, service_account_dir: Path, call_seconds: float) -> Api:
-    """An Api for the file ``kubeconfig``, or for the cluster that we run in where it is "".
-
-    Reads files and builds a TLS context, so it belongs in a thread. Raises NotConfigured.
-    """
-    source = kubeconfig or str(service_account_dir)
-    try:
-        if kubeconfig:
-            config = KubeConfig.from_file(kubeconfig).get()
-        elif os.environ.get("KUBERNETES_SERVICE_HOST") and os.environ.get("KUBERNETES_SERVICE_PORT"):
-            config = KubeConfig.from_service_account(service_account_dir).get()
-        else:
-            raise NotConfigured("this is not a pod of a cluster (KUBERNETES_SERVICE_HOST is not set)")
-        if config is None or config.user is None:
-            raise NotConfigured(f"{source}: the current context names no user")
-        return Api(config, call_seconds)
-    except (ConfigError, OSError) as error:
-        raise NotConfigured(f"{source}: {one_line(str(error))}") from error
-    except NotConfigured:
-        raise
-    except Exception as error:  # noqa: BLE001  # lightkube's parsing asserts and indexes
-        # The file may hold credentials, and a parser's message quotes what it stumbled over.
-        raise NotConfigured(f"{source} cannot be used ({type(error).__name__})") from None
+    async def _bearer(self) -> str:
+        file = self._config.token_file
+        if file is None:
+            return self._config.token.reveal() if self._config.token else ""
+        if self._from_file is None:
+            try:
+                self._from_file = (await asyncio.to_thread(file.read_text)).strip()
+            except (OSError, UnicodeError) as error:
+                said = error.strerror if isinstance(error, OSError) else "it is no text"
+                raise ApiFailure(0, "", f"Token file {file} cannot be read: {said}") from None
+        return self._from_file
 
 
-def _pause(error: Exception, attempt: int) -> float | None:
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:
+    """The body, to its end or until it is more than ``limit`` bytes."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            break
+    return body
+
+
+def _pause(status: int, asked: str | None, pause: float | None) -> float | None:
     """Seconds to wait before the call is sent again, or None where it is not to be."""
-    if attempt == ATTEMPTS:
+    if status not in _TRANSIENT or pause is None:
         return None
-    pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-    if isinstance(error, httpx2.HTTPStatusError):
-        if error.response.status_code not in _TRANSIENT:
-            return None
-        asked = error.response.headers.get("Retry-After", "")
-        if asked.isascii() and asked.isdigit():  # the API server writes whole seconds
-            pause = max(pause, float(asked))
-        return pause if pause <= MAX_PAUSE_SECONDS else None
-    return pause if isinstance(error, httpx2.TransportError) else None
+    if asked is not None and asked.isascii() and asked.isdigit():  # the API server writes whole seconds
+        pause = max(pause, float(asked))
+    return pause if pause <= MAX_PAUSE_SECONDS else None
 
 
-def _failure(error: Exception) -> ApiFailure:
-    if isinstance(error, httpx2.HTTPStatusError):
-        response = error.response
-        reason = f"{response.status_code} {response.reason_phrase}"
-        status = _status(response)
-        if status is None:
-            # Not the API server's own words, so whoever stands between: its page is of no use in an event.
-            return ApiFailure(response.status_code, "", one_line(reason))
-        details = status.get("details")
-        kind = details.get("kind") if isinstance(details, dict) else None
-        reason = one_line(f"{reason}: {status.get('message')}")
-        return ApiFailure(response.status_code, kind if isinstance(kind, str) else "", reason)
-    # A ProtocolError is not among them: it quotes what the server sent.
-    if isinstance(error, httpx2.NetworkError | httpx2.TimeoutException | ConfigError):
-        return ApiFailure(0, "", one_line(str(error) or type(error).__name__))
-    return ApiFailure(0, "", f"its answer is not the Kubernetes API's ({type(error).__name__})")
+def _refusal(status: int, reason: str, body: bytearray) -> ApiFailure:
+    said = f"{status} {reason}".strip()
+    answer = _json(body)
+    if answer is None or answer.get("kind") != "Status":
+        # Not the API server's own words, so whoever stands between: its page is of no use in an event.
+        return ApiFailure(status, "", one_line(said))
+    details = answer.get("details")
+    kind = details.get("kind") if isinstance(details, dict) else None
+    return ApiFailure(status, kind if isinstance(kind, str) else "", one_line(f"{said}: {answer.get('message')}"))
 
 
-def _status(response: httpx2.Response) -> dict[str, Any] | None:
-    """The Status object that the API server explains a refusal with, or None where the answer is none."""
+def _json(body: bytearray) -> dict[str, Any] | None:
     try:
-        body = response.json()
-    except ValueError:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
         return None
-    return body if isinstance(body, dict) and body.get("kind") == "Status" else None
+    return found if isinstance(found, dict) else None
+
+
+def _told(error: BaseException) -> str:
+    """What became of a request that was not answered, without what was sent or received."""
+    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    return one_line(str(cause) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""How a call of the Kubernetes API fails, within this room: free of lightkube, which is imported late."""
+"""How a call of the Kubernetes API fails, within this room."""
 
 from __future__ import annotations
 

@@ -11,16 +11,15 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from provider.errors import KubernetesDenied, KubernetesUnavailable
+from provider.kube import config
+from provider.kube.api import Api
 from provider.kube.failures import ApiFailure, NotConfigured
 from provider.kube.pods import NodePods
 from provider.redact import Sensitive, one_line
 from provider.spc.model import Pod
-
-if TYPE_CHECKING:
-    from provider.kube.api import Api
 
 # docs/contract.md section 4: where kubelet mounts the provider's own token, CA and namespace.
 IN_CLUSTER: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -56,7 +55,7 @@ class _Connection:
 class Kubernetes:
     """The API server that the file ``kubeconfig`` names, or that of the cluster we run in where it is "".
 
-    Nothing is read, imported or connected before the first call. The provider's own token is read again when
+    Nothing is read or connected before the first call. The provider's own token is read again when
     the API server refuses it, and everything else when the kubeconfig or the cluster's CA file changes on
     disk. The server's certificate is verified as these say; a proxy is never used.
 
@@ -176,19 +175,13 @@ class Kubernetes:
             current = self._connection
             if current is not None and current.stamp == stamp:
                 return current
-            # In a thread, as the import and the TLS context take longer than the loop may stand still.
-            api = await asyncio.to_thread(_connect, self._kubeconfig, self._service_account_dir)
-            self._connection = _Connection(api, stamp)
+            # In a thread, as the TLS context takes longer than the loop may stand still.
+            found = await asyncio.to_thread(config.load, self._kubeconfig, self._service_account_dir)
+            self._connection = _Connection(Api(found), stamp)
             if current is not None:
                 current.retired = True
                 await _close_unused(current)
             return self._connection
-
-
-def _connect(kubeconfig: str, service_account_dir: Path) -> Api:
-    from provider.kube import api  # not at the top: its docstring says what it costs
-
-    return api.connect(kubeconfig, service_account_dir, CALL_SECONDS)
 
 
 async def _close_unused(connection: _Connection) -> None:
