@@ -332,7 +332,7 @@ def test_full_pipe_stops_nobody_and_the_loss_is_told() -> None:
 
 def test_stuck_reader_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """When stderr is full and nobody reads it, the log can still be closed."""
-    monkeypatch.setattr("provider.telemetry.log.FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("provider.telemetry.lines.FLUSH_SECONDS", 0.05)
     reader, writer = full_pipe()
     with Log("info", "json", descriptor=writer, capacity=10):
         for number in range(200):

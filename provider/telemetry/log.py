@@ -11,16 +11,16 @@ import json
 import logging
 import math
 import os
-import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, Literal
 
 from provider.errors import ProviderError
 from provider.redact import one_line
+from provider.telemetry.lines import MAX_WAITING, LineWriter
 
 # The level names of the Go provider's logger, hclog.
 LEVELS: Final[Mapping[str, int]] = MappingProxyType(
@@ -37,11 +37,6 @@ LEVELS: Final[Mapping[str, int]] = MappingProxyType(
 MAX_FIELD: Final = 4096
 # Frames of one exception that are told, innermost last.
 MAX_FRAMES: Final = 24
-# Lines that wait for a reader of stderr that is slow; what comes on top is counted and dropped, since a full pipe
-# must not stop mounts.
-MAX_WAITING: Final = 2000
-# Seconds that the end of the process waits for the reader of stderr.
-FLUSH_SECONDS: Final = 2.0
 
 _ROOT: Final = "provider"
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -85,12 +80,17 @@ class Log:
         sys.excepthook = _uncaught
         threading.excepthook = _uncaught_in_thread
         sys.unraisablehook = _unraisable
-        self._handler.start()
+        self._handler.lines.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore.pop()()
         self._handler.close()
+
+    @property
+    def lines(self) -> LineWriter:
+        """What writes it, for others whose lines go to the same place."""
+        return self._handler.lines
 
     @staticmethod
     def watch(loop: asyncio.AbstractEventLoop) -> None:
@@ -123,53 +123,36 @@ def _unawaited(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
 
 
 class _LineHandler(logging.Handler):
-    """Formats an event where it happens, and writes it in a thread of its own."""
+    """Formats an event where it happens, and has it written elsewhere."""
 
     def __init__(self, formatter: logging.Formatter, descriptor: int, capacity: int) -> None:
         super().__init__()
         self.setFormatter(formatter)
         self._descriptor = descriptor
-        self._lines: queue.Queue[str | None] = queue.Queue(capacity)
-        self._dropped = 0
-        self._given_up = False
-        self._writer = threading.Thread(target=self._write, name="log", daemon=True)
-
-    def start(self) -> None:
-        self._writer.start()
+        self._told_refused = 0
+        self.lines = LineWriter("log", self._write, capacity=capacity)
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._lines.put_nowait(self.format(record))
-        except queue.Full:
-            self._dropped += 1
+        self.lines.put(self.format(record))
 
     def close(self) -> None:
-        try:
-            # What is waiting is written first; a reader that is stuck holds the end up no longer than this.
-            self._lines.put(None, timeout=FLUSH_SECONDS)
-            self._writer.join(FLUSH_SECONDS)
-        except queue.Full:
-            self._given_up = True
+        self.lines.close()
         super().close()
 
-    def _write(self) -> None:
-        while not self._given_up and (line := self._lines.get()) is not None:
-            self._put(line)
-            # Told as soon as the reader is back; a line that is dropped meanwhile is told the next time.
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                what = {
-                    "levelno": logging.WARNING,
-                    "msg": "stderr was full: events are lost",
-                    "dropped": dropped,
-                }
-                self._put(self.format(logging.makeLogRecord({"name": __name__, **what})))
+    def _write(self, lines: Sequence[bytes]) -> None:
+        self._put(b"".join(lines))
+        # Told as soon as the reader is back; a line that is refused meanwhile is told the next time.
+        dropped = self.lines.refused - self._told_refused
+        if dropped:
+            self._told_refused += dropped
+            what = {"levelno": logging.WARNING, "msg": "stderr was full: events are lost", "dropped": dropped}
+            self._put(self.format(logging.makeLogRecord({"name": __name__, **what})).encode() + b"\n")
 
-    def _put(self, line: str) -> None:
-        data = memoryview(line.encode("utf-8", "backslashreplace") + b"\n")
+    def _put(self, data: bytes) -> None:
+        left = memoryview(data)
         try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
+            while left:
+                left = left[os.write(self._descriptor, left) :]
         except OSError:
             # Nobody reads stderr any more; mounts go on.
             pass

@@ -1,0 +1,78 @@
+"""Lines that a thread of its own writes, so that whoever has something to tell never waits for a pipe or a disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final
+
+# Lines that wait, and the bytes that they may come to; what comes on top is refused, since a full pipe or a full disk
+# must not stop mounts, nor fill the memory: a line may tell of a thousand objects.
+MAX_WAITING: Final = 2000
+MAX_WAITING_BYTES: Final = 8 * 1024 * 1024
+# Seconds that the end of the process waits for the rest to be written.
+FLUSH_SECONDS: Final = 2.0
+
+
+class LineWriter:
+    """Hands lines to ``write`` in a thread, in order, as many at a time as have come together.
+
+    ``write`` gets each line with its end. It may take as long as it likes, and raises nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        write: Callable[[Sequence[bytes]], None],
+        *,
+        capacity: int = MAX_WAITING,
+        room: int = MAX_WAITING_BYTES,
+    ) -> None:
+        self._write = write
+        self._capacity = capacity
+        self._room = room
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._closing = False
+        # Its lock may be taken twice by one thread: a finalizer that runs inside ``put`` may have something to log.
+        self._changed = threading.Condition(threading.RLock())
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.refused = 0
+        """How many lines found no room, ever."""
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def put(self, line: str) -> bool:
+        """Whether there was room for ``line``, which has no end of its own; without, it is never written."""
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        with self._changed:
+            if len(self._waiting) >= self._capacity or self._size + len(data) > self._room:
+                self.refused += 1
+                return False
+            self._waiting.append(data)
+            self._size += len(data)
+            self._changed.notify()
+        return True
+
+    def close(self) -> None:
+        """Write what is waiting, and end. What takes longer than FLUSH_SECONDS is given up."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(FLUSH_SECONDS)
+        with self._changed:
+            self._waiting.clear()
+
+    def _run(self) -> None:
+        while lines := self._take():
+            self._write(lines)
+
+    def _take(self) -> list[bytes]:
+        """All lines that wait, at least one; none at the end."""
+        with self._changed:
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+            lines, self._waiting, self._size = self._waiting, [], 0
+            return lines
