@@ -347,6 +347,8 @@ def _event(spec: MountSpec, done: _Done, seconds: float) -> Mounted:
         files=len(done.files),
         size=sum([len(file.contents) for file in done.files]),
         marks=done.marks,
+        # Without the key an object has no version, and there is at least one that is not absent.
+        keyed=all(version for _, version in done.versions),
         accessor=fetched.accessor,
         read=len(fetched.answers) - len(supplies),
         kept=kept,

@@ -79,9 +79,9 @@ class MountedObject:
 class Mounted:
     """A mount succeeded. ``objects`` makes the list of its objects, for who wants to know them.
 
-    ``marks`` has a text for each object's name that changes when its files do. ``accessor`` is that of the pod's newest
-    token, ``size`` of the files' contents in bytes. ``read``, ``kept`` and ``remembered`` count its distinct reads by
-    their Supply.
+    ``marks`` has a text for each object's name that changes when its files do; those of a mount that had the HMAC key
+    (``keyed``) do not compare with those of one that had not. ``accessor`` is that of the pod's newest token, ``size``
+    of the files' contents in bytes. ``read``, ``kept`` and ``remembered`` count its distinct reads by their Supply.
     """
 
     spec: MountSpec
@@ -89,6 +89,7 @@ class Mounted:
     files: int
     size: int
     marks: Mapping[str, str] = field(repr=False)
+    keyed: bool
     accessor: str
     read: int
     kept: int

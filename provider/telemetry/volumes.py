@@ -1,0 +1,158 @@
+"""What became of each volume: what it held last, and how its last mount failed.
+
+Kubelet mounts a volume again and again, and the driver hides from the user that a re-mount failed (docs/contract.md
+section 1), so somebody has to remember what the one before was. Metrics, the audit log and the status ask here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from provider.clock import Clock
+from provider.spc.model import Pod
+from provider.telemetry.events import Event, Kind, Mounted, MountRefused
+
+# Several times the volumes of a node's 110 pods; past it the one that was heard of least recently is forgotten, and its
+# next mount counts as a first one.
+MAX_VOLUMES: Final = 1000
+# The marks of all volumes together, which would be a million if each had a class of 1,000 objects: some 10 MB.
+MAX_MARKS: Final = 50_000
+# Seconds after which a failure that was not repeated is no longer one that lasts: kubelet tries again within 2 minutes,
+# and the driver mounts again about as often, so the pod is gone.
+FAILING_SECONDS: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a mount that succeeded brought: ``remount`` says whether its volume had been mounted before.
+
+    ``changed`` has the names of objects that are other than at the mount before, new or left out; none at a first one.
+    """
+
+    remount: bool
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a mount failed: the gRPC code, the message that the driver was answered, and when, in the clock's time."""
+
+    code: str
+    message: str
+    at: float
+
+
+@dataclass(slots=True)
+class Volume:
+    """One volume. Times are the clock's, in seconds.
+
+    ``mounted_at`` is None where no mount has succeeded, ``failure`` where none has failed: it stays after a success, as
+    ``failing_since`` does not, which is when the first of the failures since the last success came. ``kinds`` counts
+    the objects that it holds by what they are made of.
+    """
+
+    pod: Pod
+    class_name: str
+    target_path: str
+    mounted_at: float | None = None
+    mounts: int = 0
+    failures: int = 0
+    failure: Failure | None = None
+    failing_since: float | None = None
+    kinds: Mapping[Kind, int] = field(default_factory=dict)
+    keyed: bool = False
+    marks: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class Volumes:
+    """The volumes of the node, at most MAX_VOLUMES of them. ``take`` listens to events.
+
+    It must listen after all who ask ``change`` or ``find`` about an event, since it forgets what was before.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        # The one that was heard of last is last.
+        self._volumes: OrderedDict[tuple[str, str], Volume] = OrderedDict()
+        self._marks = 0
+
+    def take(self, event: Event) -> None:
+        """Remember what ``event`` says of a volume; other events say nothing."""
+        if type(event) is Mounted:
+            self._mounted(event)
+        elif type(event) is MountRefused and event.pod is not None:
+            self._refused(event, event.pod)
+
+    def find(self, pod_uid: str, target_path: str) -> Volume | None:
+        """What is known of a volume; not to be changed."""
+        return self._volumes.get((pod_uid, target_path))
+
+    def change(self, mounted: Mounted) -> Change:
+        """What ``mounted`` changes, before it is taken."""
+        volume = self.find(mounted.spec.pod.uid, mounted.spec.target_path)
+        if volume is None or volume.mounted_at is None:
+            return Change(False, frozenset())
+        before, now = volume.marks, mounted.marks
+        # Mostly they are equal. Where the key has come or gone meanwhile they cannot be compared.
+        if volume.keyed != mounted.keyed or before == now:
+            return Change(True, frozenset())
+        return Change(True, frozenset(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)))
+
+    def recent_mounts(self, limit: int) -> list[Volume]:
+        """Volumes that have been mounted, the latest first."""
+        mounted = [volume for volume in self._volumes.values() if volume.mounted_at is not None]
+        return sorted(mounted, key=lambda volume: -(volume.mounted_at or 0.0))[:limit]
+
+    def recent_errors(self, limit: int) -> list[Volume]:
+        """Volumes of which a mount has failed, be it mounted again by now, the latest failure first."""
+        failed = [volume for volume in self._volumes.values() if volume.failure is not None]
+        return sorted(failed, key=lambda volume: -volume.failure.at if volume.failure else 0.0)[:limit]
+
+    def failing(self) -> list[Volume]:
+        """Volumes whose last mount failed less than FAILING_SECONDS ago, the latest first."""
+        since = self._clock.now() - FAILING_SECONDS
+        return [
+            volume
+            for volume in reversed(self._volumes.values())
+            if volume.failing_since is not None and volume.failure is not None and volume.failure.at >= since
+        ]
+
+    def _mounted(self, event: Mounted) -> None:
+        spec = event.spec
+        change = self.change(event)
+        volume = self._volume(spec.pod, spec.class_name, spec.target_path)
+        if change.changed or not change.remount or volume.keyed != event.keyed:
+            self._marks += len(event.marks) - len(volume.marks)
+            volume.marks, volume.keyed = event.marks, event.keyed
+            volume.kinds = Counter(made.kind for made in event.objects())
+        volume.mounted_at = self._clock.now()
+        volume.mounts += 1
+        volume.failing_since = None
+        self._forget()
+
+    def _refused(self, event: MountRefused, pod: Pod) -> None:
+        volume = self._volume(pod, event.class_name, event.target_path)
+        now = self._clock.now()
+        if volume.failing_since is None:
+            volume.failing_since = now
+        volume.failure = Failure(event.code, event.message, now)
+        volume.failures += 1
+        self._forget()
+
+    def _volume(self, pod: Pod, class_name: str, target_path: str) -> Volume:
+        key = (pod.uid, target_path)
+        volume = self._volumes.get(key)
+        if volume is None:
+            volume = self._volumes[key] = Volume(pod, class_name, target_path)
+        else:
+            volume.class_name = class_name
+            self._volumes.move_to_end(key)
+        return volume
+
+    def _forget(self) -> None:
+        while len(self._volumes) > MAX_VOLUMES or (self._marks > MAX_MARKS and len(self._volumes) > 1):
+            _, volume = self._volumes.popitem(last=False)
+            self._marks -= len(volume.marks)
