@@ -31,8 +31,8 @@ RIGHTS = {
     "pod-end": {("ClusterRole", "", "pods", "*", "list")},
 }
 CHOICES = [choice for size in range(len(RIGHTS) + 1) for choice in itertools.combinations(RIGHTS, size)]
-# From an old cluster to the newest that the schemas know.
-KUBERNETES = ["1.28", kubernetes_validate.latest_version()]
+# The oldest in which DaemonSets surge, one in between, and the newest that the schemas know.
+KUBERNETES = ["1.25", "1.31", kubernetes_validate.latest_version()]
 Manifest = dict[str, Any]
 
 
