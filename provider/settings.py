@@ -40,7 +40,11 @@ MAX_POD_MIB: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
-    """How to verify Vault, and how to prove ourselves to it. Paths are as the provider's container sees them."""
+    """How to verify Vault, and how to prove ourselves to it. Paths are as the provider's container sees them.
+
+    ``ca_root`` and ``client_root`` are where the CA files, or the client's certificate and key, have to lie once
+    symlinks are followed; "" for anywhere.
+    """
 
     ca_cert: str = ""
     ca_directory: str = ""
@@ -48,6 +52,8 @@ class TlsSettings:
     client_cert: str = ""
     client_key: str = field(default="", repr=False)
     skip_verify: bool = False
+    ca_root: str = ""
+    client_root: str = ""
 
 
 @dataclass(frozen=True, slots=True)

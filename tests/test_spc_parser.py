@@ -103,7 +103,7 @@ def test_the_text_is_not_kept() -> None:
     parser = Parser(Settings())
     marker = "x" * 20 + "-marker-of-this-test"
     mount(parser, f"- {{objectName: a, secretPath: b, secretArgs: {{pin: {marker}}}}}")
-    reached = gc.get_referents(parser._cache)
+    reached = gc.get_referents(parser._good, parser._faulty)
     texts: list[str] = []
     seen: set[int] = set()
     while reached:
@@ -134,5 +134,5 @@ def test_threads_may_parse_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert len(parser._cache) == 256
-    assert parser._cached_size == sum(size for _, size in parser._cache.values())
+    assert len(parser._good._entries) == 256
+    assert parser._good._size == sum(size for _, size in parser._good._entries.values())

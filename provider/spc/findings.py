@@ -54,9 +54,13 @@ class _Bounded:
 
 
 class Findings:
-    """Faults, which refuse the class, and warnings, which do not; one sentence each, and safe to show."""
+    """Faults, which refuse the class, and warnings, which do not; one sentence each, and safe to show.
 
-    def __init__(self) -> None:
+    ``strict`` is whether names that nobody knows are faults.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
         self._faults = _Bounded("faults")
         self._warnings = _Bounded("warnings")
 
@@ -69,13 +73,18 @@ class Findings:
         self._warnings.add(f"{where}: {problem}")
 
     def unknown(self, where: str, kind: str, names: Iterable[str], known: Sequence[str]) -> None:
-        """Warn of each of ``names`` that is not ``known``, with the nearest known name."""
+        """Note each of ``names`` that is not ``known`` with the nearest known one: a fault if strict, or a warning."""
+        kept = self._faults if self._strict else self._warnings
         for name in names:
             if name not in known:
-                # Comparing is what costs, so it is not done for a warning that is only counted.
-                near = None if self._warnings.full else nearest(name, known)
+                # Comparing is what costs, so it is not done for what is only counted.
+                near = None if kept.full else nearest(name, known)
                 hint = f", did you mean {near}?" if near else ""
-                self.warn(where, f"unknown {kind} {show(name)} is ignored{hint}")
+                if self._strict:
+                    remedy = "the daemon's --unknown-fields=warn would ignore it"
+                    self.fault(where, f"unknown {kind} {show(name)}{hint}", f"remove it; {remedy}")
+                else:
+                    self.warn(where, f"unknown {kind} {show(name)} is ignored{hint}")
 
     def attempt(self, where: str, read: Callable[[str], _T], text: str, default: _T) -> _T:
         """``read(text)``; where that is Refused, ``default``, and a fault is noted."""

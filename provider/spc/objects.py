@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,13 +31,14 @@ _MAX_DURATION: Final = 64
 class Defaults:
     """What holds for the objects that say nothing of their own: see ObjectSpec's fields of these names.
 
-    ``templates`` is whether the operator allows them.
+    ``templates`` is whether the operator allows them, ``world_writable`` whether a file may be so.
     """
 
     mode: int
     renew_percent: float
     refresh_after: float
     templates: bool = True
+    world_writable: bool = True
 
 
 def parse_objects(text: str, defaults: Defaults, findings: Findings) -> tuple[ObjectSpec, ...]:
@@ -99,7 +101,7 @@ def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> O
         name=checked or "",
         sources=sources,
         shape=shape,
-        mode=_mode(given) or defaults.mode,
+        mode=_mode(given, defaults) or defaults.mode,
         fresh=given.optional("lease", _fresh, False),
         renew_percent=given.optional("renewPercent", _percent, defaults.renew_percent),
         refresh_after=given.optional("refreshAfter", duration, defaults.refresh_after),
@@ -107,7 +109,7 @@ def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> O
     )
 
 
-def _mode(given: Entries) -> int:
+def _mode(given: Entries, defaults: Defaults) -> int:
     """The mode; 0, which means the default, where it is unset too."""
     scalar = given.scalar("filePermission")
     if scalar is None or not scalar.text:
@@ -121,7 +123,23 @@ def _mode(given: Entries) -> int:
             where,
             f"{scalar.text} is decimal and means mode {mode:04o}; if 0{scalar.text} is meant, write that",
         )
+    note_world_writable(f"{where} {show(scalar.text)}", mode, given.findings, allowed=defaults.world_writable)
     return mode
+
+
+def note_world_writable(where: str, mode: int, findings: Findings, *, allowed: bool) -> None:
+    """Note a mode that lets everybody write: a warning, or a fault where it is not ``allowed``."""
+    if not mode & stat.S_IWOTH:
+        return
+    safe = f"0{mode & ~stat.S_IWOTH:o}"
+    if allowed:
+        findings.warn(where, f"lets everybody on the node write the secret's file; {safe} does not")
+    else:
+        findings.fault(
+            where,
+            "lets everybody on the node write the secret's file",
+            f"write {safe}; only the daemon's --hardened=false would allow it",
+        )
 
 
 def _mode_of_digits(text: str) -> int:

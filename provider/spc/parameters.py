@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
-from provider.redact import Sensitive
+from provider.redact import Sensitive, one_line
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import paths
+from provider.spc.addresses import AllowedAddresses, remedy
 from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import Login, Pod, VaultServer
 from provider.spc.objects import duration
@@ -43,6 +44,9 @@ _SPELLINGS: Final = {
     name: (*(prefix + name for prefix in _PREFIXES), *(("roleName",) if name == "RoleName" else ()))
     for name in _PREFIXED
 }
+_CA_FILES: Final = ("CACertPath", "CADirectory")
+_CLIENT_FILES: Final = ("TLSClientCertPath", "TLSClientKeyPath")
+_FILES: Final = (*_CA_FILES, *_CLIENT_FILES)
 KNOWN: Final = (
     "audience",
     "objects",
@@ -184,6 +188,8 @@ class Parameters:
     def __init__(self, attributes: Mapping[str, str], findings: Findings) -> None:
         self._attributes = attributes
         self._findings = findings
+        # What a spelling wins over is told once.
+        self._winners: dict[str, tuple[str, str]] = {}
         authors = [key for key in attributes if key != CLASS_NAME and not key.startswith(_DRIVERS_OWN)]
         findings.unknown("parameters", "parameter", authors, KNOWN)
 
@@ -211,19 +217,22 @@ class Parameters:
             found |= self._tokens_at(f"secrets {TOKENS}", published.get(TOKENS, ""))
         return found
 
-    def server(self, settings: Settings) -> VaultServer:
-        """Where Vault is: each parameter of the class over the operator's setting."""
+    def server(self, settings: Settings, allowed: AllowedAddresses) -> VaultServer:
+        """Where Vault is: each parameter of the class over the operator's setting, as far as the operator allows."""
         given, spelling = self._folded("Address")
-        # A password in it would be shown.
-        where = f"{spelling} {show(given)}" if given and "@" not in given else spelling
+        if given:
+            # A password in it would be shown.
+            where = f"{spelling} {show(given)}" if "@" not in given else spelling
+            there = self._findings.attempt(where, address, given, "")
+            if there and not allowed.allows(there):
+                self._findings.fault(where, "is not an address that the daemon's operator allows", remedy(there))
+        else:
+            there = self._findings.attempt("the daemon's vault-addr", address, settings.vault_addr, "")
         return VaultServer(
-            address=(
-                self._findings.attempt(where, address, given, "")
-                if given
-                else self._findings.attempt("the daemon's vault-addr", address, settings.vault_addr, "")
-            ),
+            address=there,
             namespace=self._or("Namespace", settings.vault_namespace).strip("/"),
-            tls=self._tls(settings.tls),
+            # Where the list is open, the operator's certificate goes along everywhere, as the Go providers have it.
+            tls=self._tls(settings, operators_server=allowed.open or allowed.names(there)),
         )
 
     def login(self, settings: Settings) -> Login:
@@ -256,6 +265,12 @@ class Parameters:
 
     def _folded(self, name: str) -> tuple[str, str]:
         """The value and the spelling that win for a parameter; ("", usual spelling) where none is given."""
+        if name in self._winners:
+            return self._winners[name]
+        winner = self._winners[name] = self._fold(name)
+        return winner
+
+    def _fold(self, name: str) -> tuple[str, str]:
         given = [(self._attributes[key], key) for key in _SPELLINGS[name] if self._attributes.get(key)]
         if not given:
             return "", f"vault{name}"
@@ -295,29 +310,80 @@ class Parameters:
                 return "", directory
         return file, directory
 
-    def _tls(self, operators: TlsSettings) -> TlsSettings:
-        skip, spelling = self._folded("SkipTLSVerify")
+    def _tls(self, settings: Settings, *, operators_server: bool) -> TlsSettings:
+        """The TLS settings. ``operators_server``: the operator's client certificate may go there."""
+        operators = settings.tls
         ca_cert, ca_directory = self._cas(operators)
-        tls = TlsSettings(
+        client_cert, client_key = self._client(settings, operators_server=operators_server)
+        of_class = {name: self._folded(name) for name in _FILES}
+        for given, spelling in of_class.values():
+            if given:
+                self._confine(given, spelling, settings)
+        named = {name for name, (given, _) in of_class.items() if given}
+        return TlsSettings(
             ca_cert=ca_cert,
             ca_directory=ca_directory,
             server_name=self._or("TLSServerName", operators.server_name),
-            client_cert=self._or("TLSClientCertPath", operators.client_cert),
-            client_key=self._or("TLSClientKeyPath", operators.client_key),
-            skip_verify=(
-                self._findings.attempt(f"{spelling} {show(skip)}", _boolean, skip, False)
-                if skip
-                else operators.skip_verify
-            ),
+            client_cert=client_cert,
+            client_key=client_key,
+            skip_verify=self._skip_verify(settings),
+            ca_root=settings.tls_root if named & set(_CA_FILES) else "",
+            client_root=settings.tls_root if named & set(_CLIENT_FILES) else "",
         )
-        if bool(tls.client_cert) != bool(tls.client_key):
-            missing, present = ("Key", "Cert") if tls.client_cert else ("Cert", "Key")
+
+    def _client(self, settings: Settings, *, operators_server: bool) -> tuple[str, str]:
+        """The client's certificate and its key."""
+        operators = settings.tls
+        (cert, _), (key, _) = self._clean("TLSClientCertPath"), self._clean("TLSClientKeyPath")
+        if cert or key:
+            # Where a class's files are confined, what it did not name is not made up by a file that is not.
+            if not _confined(settings):
+                cert, key = cert or operators.client_cert, key or operators.client_key
+        elif operators_server:
+            cert, key = operators.client_cert, operators.client_key
+        elif operators.client_cert:
+            self._findings.warn(
+                "vaultAddress",
+                "is sent no client certificate: the daemon's goes to addresses alone that --vault-addr or a URL in "
+                "--allowed-vault-addresses names, not to what a pattern matches",
+            )
+        if bool(cert) != bool(key):
+            missing, present = ("Key", "Cert") if cert else ("Cert", "Key")
             self._findings.fault(
                 f"vaultTLSClient{missing}Path",
                 f"is missing where vaultTLSClient{present}Path is given",
                 "give the client's certificate and its key, or neither",
             )
-        return tls
+        return cert, key
+
+    def _confine(self, given: str, spelling: str, settings: Settings) -> None:
+        """Note a file that lies outside of the operator's directory by its path; symlinks are for who opens it."""
+        root = settings.tls_root.rstrip("/")
+        elements = given.split("/")
+        inside = ".." not in elements and (given == root or given.startswith(f"{root}/"))
+        if _confined(settings) and not (settings.tls_root and inside):
+            directory = given if spelling.endswith("CADirectory") else given.rpartition("/")[0] or "/"
+            flag = f"the daemon's --tls-root={one_line(directory, 80)} would allow it"
+            usable = given.startswith("/") and ".." not in elements
+            self._findings.fault(
+                f"{spelling} {show(given)}",
+                "is a file that the daemon's operator does not let a class name",
+                flag if usable else "write its path from /, without .., below the daemon's --tls-root",
+            )
+
+    def _skip_verify(self, settings: Settings) -> bool:
+        given, spelling = self._folded("SkipTLSVerify")
+        if not given:
+            return settings.tls.skip_verify
+        where = f"{spelling} {show(given)}"
+        skip = self._findings.attempt(where, _boolean, given, False)
+        if skip and not (settings.skipping_tls_verify_allowed or settings.tls.skip_verify):
+            self._findings.fault(
+                where,
+                "is not allowed by the daemon's operator",
+                "give the server's CA by vaultCACertPath; the daemon's --allow-skip-tls-verify=true would allow it",
+            )
+        return skip
 
     def _tokens_at(self, where: str, text: str) -> dict[str, Sensitive[str]]:
         return self._findings.attempt(where, tokens, text, {}) if text else {}
@@ -331,6 +397,11 @@ class Parameters:
                 f"{key} {show(value)}", "is not a name that Kubernetes gives", "do not set it in the class"
             )
         return value
+
+
+def _confined(settings: Settings) -> bool:
+    """Whether the files that a class may name are those below a directory, or none."""
+    return settings.hardened or bool(settings.tls_root)
 
 
 def _boolean(text: str) -> bool:

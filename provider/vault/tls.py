@@ -60,8 +60,8 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
         try:
             # A password, even an empty one, keeps OpenSSL from asking for one on a terminal.
             with contextlib.ExitStack() as copies:
-                cert = copies.enter_context(_copy_of(tls.client_cert))
-                key = copies.enter_context(_copy_of(tls.client_key)) if tls.client_key else None
+                cert = copies.enter_context(_copy_of(tls.client_cert, tls.client_root))
+                key = copies.enter_context(_copy_of(tls.client_key, tls.client_root)) if tls.client_key else None
                 context.load_cert_chain(cert, key, password="")
         except (OSError, ValueError) as error:
             paths = f"{tls.client_cert} with {tls.client_key}" if tls.client_key else tls.client_cert
@@ -72,13 +72,13 @@ def make_context(tls: TlsSettings) -> ssl.SSLContext:
 def _with_cas(tls: TlsSettings) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if tls.ca_cert:
-        with _copy_of(tls.ca_cert) as copy:
+        with _copy_of(tls.ca_cert, tls.ca_root) as copy:
             context.load_verify_locations(cafile=copy)
         return context  # as Vault's own clients: the file wins over the directory
     found = False
     for path in _files_in(tls.ca_directory):
         try:
-            with _copy_of(path) as copy:
+            with _copy_of(path, tls.ca_root) as copy:
                 context.load_verify_locations(cafile=copy)
             found = True
         except (ssl.SSLError, _NotPem):
@@ -92,14 +92,21 @@ class _NotPem(ValueError):
     """What a path names cannot be a PEM file, whatever it holds."""
 
 
+class _Outside(ValueError):
+    """A file that a class names does not lie where the operator lets it."""
+
+
 @contextlib.contextmanager
-def _copy_of(path: str) -> Iterator[str]:
+def _copy_of(path: str, root: str) -> Iterator[str]:
     """The path of a copy in memory of the file, for OpenSSL, which reads to the end of whatever it is told to open.
 
-    A class names the path: it may be a pipe, a device or without end, and nothing of that may hold a thread.
+    A class names the path: it may be a pipe, a device or without end, and nothing of that may hold a thread. With a
+    ``root``, what was opened has to lie below it, whichever way it was reached.
     """
     source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if root:
+            _check_within(root, source)
         if not stat.S_ISREG(os.fstat(source).st_mode):
             raise _NotPem(f"{path} is not a regular file")
         content = b""
@@ -115,6 +122,15 @@ def _copy_of(path: str) -> Iterator[str]:
         file.write(content)
         file.flush()
         yield f"/proc/self/fd/{copy}"
+
+
+def _check_within(root: str, opened: int) -> None:
+    """Raise _Outside unless the file that is open lies below ``root``: asked of the file, since a link may change."""
+    real = os.readlink(f"/proc/self/fd/{opened}")
+    if not real.startswith(os.path.join(os.path.realpath(root), "")):
+        raise _Outside(
+            f"a link leads out of the daemon's --tls-root; --tls-root={os.path.dirname(real)} would allow it"
+        )
 
 
 def _files_in(directory: str) -> list[str]:
