@@ -7,6 +7,7 @@ event holds a secret: accessors and lease ids are names, and the values that the
 from __future__ import annotations
 
 import enum
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -269,6 +270,14 @@ Event: TypeAlias = (
     | AuditOutage
     | AuditLost
 )
+
+
+def lease_sha256(lease_id: str) -> str:
+    """How a lease is named to people: the SHA-256 of its id in hexadecimal digits, "" for "".
+
+    Whoever knows the id finds the lease by it; whoever does not is given nothing to revoke or to renew.
+    """
+    return hashlib.sha256(lease_id.encode()).hexdigest() if lease_id else ""
 
 
 class Telemetry:

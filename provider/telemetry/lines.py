@@ -56,14 +56,15 @@ class LineWriter:
             self._changed.notify()
         return True
 
-    def close(self) -> None:
-        """Write what is waiting, and end. What takes longer than FLUSH_SECONDS is given up."""
+    def close(self) -> bool:
+        """Write what is waiting, and end; False where that takes longer than FLUSH_SECONDS, and is given up."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(FLUSH_SECONDS)
         with self._changed:
             self._waiting.clear()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while lines := self._take():

@@ -1,0 +1,333 @@
+"""The audit log: a line of JSON for whoever got which secret when, and for whoever was refused.
+
+What the lines say is in docs/audit.md. No value, token or JWT is in them, and a lease's id only as its SHA-256.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from provider import __version__
+from provider.redact import one_line
+from provider.spc.model import Login, Pod, VaultServer
+from provider.telemetry.events import (
+    AuditLost,
+    AuditOutage,
+    Event,
+    Issued,
+    LoggedIn,
+    Mounted,
+    MountedObject,
+    MountRefused,
+    Renewal,
+    Renewing,
+    Revocation,
+    Revoking,
+    Who,
+    lease_sha256,
+)
+from provider.telemetry.lines import MAX_WAITING, LineWriter
+from provider.telemetry.volumes import Volumes
+
+_log = logging.getLogger(__name__)
+
+# A name or a reason: as long as an error message may be, and a path of Vault's.
+MAX_TEXT: Final = 4096
+# What the objects of one line may come to: twenty times a class of 1,000 plain objects. A class that repeats long paths
+# by YAML aliases could make it gigabytes.
+MAX_OBJECTS_TEXT: Final = 4 * 1024 * 1024
+# Seconds between two attempts at a file that cannot be written.
+RETRY_SECONDS: Final = 1.0
+# Seconds that a file which is gone has to come back: logrotate moves it away before it creates the next one, and would
+# take one that is there already out of its way.
+CREATE_SECONDS: Final = 0.5
+
+OK: Final = "ok"
+REFUSED: Final = "refused"
+
+
+class Audit:
+    """Tells of events in lines that it hands to ``put``, which says whether there was room.
+
+    ``volumes`` must not have taken an event before this has. ``record`` is told of lines that are lost.
+    """
+
+    def __init__(
+        self, put: Callable[[str], bool], volumes: Volumes, record: Callable[[Event], None], *, node: str
+    ) -> None:
+        self._put = put
+        self._volumes = volumes
+        self._record = record
+        self._node = _safe(node)
+        self._lost = 0
+
+    def begin(self) -> None:
+        """Tell that the daemon has started, and so will tell of every volume's next mount."""
+        self._write(self._line("start", OK, None) | {"daemon_version": __version__})
+
+    def take(self, event: Event) -> None:
+        """Write a line where ``event`` is one for the audit log."""
+        told = self._told(event)
+        if told is None:
+            return
+        if self._lost and self._write(self._line("lost", OK, None) | {"lines": self._lost}):
+            self._lost = 0
+        if not self._write(told):
+            self._lost += 1
+            self._record(AuditLost(1))
+
+    def _write(self, told: dict[str, Any]) -> bool:
+        return self._put(json.dumps(told, ensure_ascii=False, separators=(",", ":")))
+
+    def _told(self, event: Event) -> dict[str, Any] | None:
+        match event:
+            case Mounted():
+                return self._mounted(event)
+            case MountRefused():
+                return self._refused(event)
+            case LoggedIn():
+                return self._logged_in(event)
+            case Issued():
+                return self._issued(event)
+            case Renewal():
+                return self._renewal(event)
+            case Revocation():
+                return self._revocation(event)
+        return None
+
+    def _mounted(self, event: Mounted) -> dict[str, Any] | None:
+        spec, change = event.spec, self._volumes.change(event)
+        if change.remount and not change.changed:
+            volume = self._volumes.find(spec.pod.uid, spec.target_path)
+            if volume is not None and volume.keyed == event.keyed:
+                return None
+            # The key has come or gone since the mount before: told, since nobody can say that nothing changed.
+        told = self._line("remount" if change.remount else "mount", OK, event.seconds)
+        told |= _who(spec.pod, spec.class_name, spec.login, spec.server)
+        told |= {"target_path": _safe(spec.target_path), "accessor": _safe(event.accessor)}
+        if change.remount:
+            told["changed"] = sorted(map(_safe, change.changed))
+        return told | _objects(map(_object, event.objects()))
+
+    def _refused(self, event: MountRefused) -> dict[str, Any]:
+        told = self._line("refusal", REFUSED, event.seconds)
+        spec = event.spec
+        told |= _who(event.pod, event.class_name, spec.login if spec else None, spec.server if spec else None)
+        wanted = spec.objects if spec else ()
+        return (
+            told
+            | {"target_path": _safe(event.target_path), "code": event.code, "reason": _safe(event.message)}
+            | _objects(
+                {"object": made.name, "paths": [source.request.path for source in made.sources]} for made in wanted
+            )
+        )
+
+    def _logged_in(self, event: LoggedIn) -> dict[str, Any]:
+        spec, error = event.spec, event.error
+        told = self._line("login", OK if error is None else REFUSED, event.seconds)
+        told |= _who(spec.pod, spec.class_name, spec.login, spec.server)
+        told |= {"accessor": _safe(event.accessor), "ttl_seconds": round(event.ttl)}
+        return told if error is None else told | {"code": error.code.name, "reason": _safe(str(error))}
+
+    def _issued(self, event: Issued) -> dict[str, Any]:
+        return self._of_session("reissue" if event.again else "issue", OK, None, event.who) | {
+            "path": _safe(event.path),
+            "kind": event.kind.value,
+            "request_id": _safe(event.request_id),
+            "lease_sha256": lease_sha256(event.lease_id),
+            "accessor": _safe(event.accessor),
+            "ttl_seconds": round(event.ttl),
+        }
+
+    def _renewal(self, event: Renewal) -> dict[str, Any]:
+        outcome = OK if event.outcome is Renewing.RENEWED else event.outcome.value
+        told = self._of_session("renewal", outcome, event.seconds, event.who) | {
+            "path": _safe(event.path),
+            "lease_sha256": lease_sha256(event.lease_id),
+            "accessor": _safe(event.accessor),
+            "ttl_seconds": round(event.ttl),
+        }
+        # Vault's words about a lease may name it.
+        reason = event.reason.replace(event.lease_id or "\0", lease_sha256(event.lease_id))
+        return told | {"reason": _safe(reason)} if reason else told
+
+    def _revocation(self, event: Revocation) -> dict[str, Any]:
+        outcome = OK if event.outcome is Revoking.REVOKED else event.outcome.value
+        told = self._of_session("revocation", outcome, event.seconds, event.who)
+        told |= {"accessor": _safe(event.accessor), "why": _safe(event.why)}
+        return told | {"reason": _safe(event.reason)} if event.reason else told
+
+    def _of_session(self, event: str, outcome: str, seconds: float | None, who: Who) -> dict[str, Any]:
+        return self._line(event, outcome, seconds) | _who(who.pod, who.class_name, who.login, who.server)
+
+    def _line(self, event: str, outcome: str, seconds: float | None) -> dict[str, Any]:
+        """What every line begins with; ``seconds`` is None for what took no time of its own."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        told = {"time": now, "event": event, "outcome": outcome, "node": self._node}
+        return told if seconds is None else told | {"milliseconds": round(seconds * 1000, 1)}
+
+
+def _who(pod: Pod | None, class_name: str, login: Login | None, server: VaultServer | None) -> dict[str, str]:
+    """Who asked, and whom; "" for what is not known."""
+    return {
+        "namespace": _safe(pod.namespace) if pod else "",
+        "pod": _safe(pod.name) if pod else "",
+        "pod_uid": _safe(pod.uid) if pod else "",
+        "service_account": _safe(pod.service_account) if pod else "",
+        "class": _safe(class_name),
+        "role": _safe(login.role) if login else "",
+        "auth_mount": _safe(login.mount) if login else "",
+        "vault_address": _safe(server.address) if server else "",
+        "vault_namespace": _safe(server.namespace) if server else "",
+    }
+
+
+def _object(made: MountedObject) -> dict[str, Any]:
+    return {
+        "object": made.name,
+        "paths": made.paths,
+        "version": made.version,
+        "kind": made.kind.value,
+        "supply": made.supply.value,
+        "request_ids": [name for name in made.request_ids if name],
+        "lease_sha256": [lease_sha256(lease_id) for lease_id in made.lease_ids],
+    }
+
+
+def _objects(wanted: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The objects made safe, as many as there is room for, and how many that leaves out."""
+    told: list[dict[str, Any]] = []
+    size = left_out = 0
+    for made in wanted:
+        if size > MAX_OBJECTS_TEXT:
+            left_out += 1
+            continue
+        safe = {
+            name: _safe(value) if isinstance(value, str) else [_safe(text) for text in value]
+            for name, value in made.items()
+        }
+        told.append(safe)
+        size += sum(len(value) if isinstance(value, str) else sum(map(len, value)) for value in safe.values())
+    return {"objects": told, "objects_left_out": left_out}
+
+
+def _safe(text: str) -> str:
+    return one_line(text, MAX_TEXT)
+
+
+class AuditFile:
+    """Appends lines to the file at ``path``, which other daemons may write and logrotate may move away or empty.
+
+    Lines that come together are one write at the file's end. Where that fails it is tried again until it works, and
+    lines wait meanwhile; those that find no room any more are lost. ``record`` is called in any thread.
+    """
+
+    def __init__(self, path: str, record: Callable[[Event], None], *, capacity: int = MAX_WAITING) -> None:
+        self._path = path
+        self._record = record
+        self._descriptor = -1
+        self._inode: tuple[int, int] | None = None
+        self._torn = False  # what was written last is a part of a line
+        self._failing = False
+        self._changing = threading.Lock()
+        self._told_refused = 0
+        self._closing = threading.Event()
+        self._lines = LineWriter("audit", self._write, capacity=capacity)
+
+    def __enter__(self) -> AuditFile:
+        self._lines.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what waits, and end; what cannot be written now is lost."""
+        self._closing.set()
+        if self._lines.close() and self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def put(self, line: str) -> bool:
+        """Have ``line`` written; False where too many wait already."""
+        if self._lines.put(line):
+            return True
+        self._fails("too many lines wait")
+        return False
+
+    def _write(self, lines: Sequence[bytes]) -> None:
+        left = b"".join(lines)
+        while left:
+            try:
+                self._follow()
+                left = self._append(left)
+            except OSError as error:
+                self._fails(error.strerror or str(error))
+                if self._closing.is_set():
+                    lost = left.count(b"\n")
+                    _log.error("lines of the audit log are lost", extra={"path": self._path, "lines": lost})
+                    self._record(AuditLost(lost))
+                    return
+                self._closing.wait(RETRY_SECONDS)
+        self._works()
+
+    def _follow(self) -> None:
+        """Have open what is at the path now. Raises OSError."""
+        if self._descriptor >= 0:
+            there = self._there()
+            if there is None:
+                self._closing.wait(CREATE_SECONDS)
+                there = self._there()
+            if there == self._inode:
+                return
+        # Whoever can put a link or a pipe there must not choose what is written, nor hold the writing up.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(self._path, flags, 0o600)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._inode, self._torn = descriptor, (status.st_dev, status.st_ino), False
+
+    def _there(self) -> tuple[int, int] | None:
+        try:
+            status = os.lstat(self._path)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _append(self, data: bytes) -> bytes:
+        """Write ``data``, and return the lines of it that are not written to their end. Raises OSError."""
+        start = b"\n" if self._torn else b""
+        written = os.write(self._descriptor, start + data) - len(start)
+        whole = data.rfind(b"\n", 0, written) + 1
+        self._torn = written > whole
+        return data[whole:]
+
+    def _fails(self, reason: str) -> None:
+        with self._changing:
+            if self._failing:
+                return
+            self._failing = True
+        _log.error(
+            "the audit log cannot be written; mounts go on, lines wait and then are lost: make room, or see to the "
+            "directory and its rights",
+            extra={"path": self._path, "error": reason},
+        )
+        self._record(AuditOutage(True))
+
+    def _works(self) -> None:
+        with self._changing:
+            if not self._failing:
+                return
+            self._failing = False
+            lost = self._lines.refused - self._told_refused
+            self._told_refused += lost
+        _log.warning("the audit log is written again", extra={"path": self._path, "lines_lost": lost})
+        self._record(AuditOutage(False))
