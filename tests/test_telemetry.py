@@ -1,4 +1,4 @@
-"""The log and the health endpoint."""
+"""The log, and HTTP: the health pages and the server of all pages."""
 
 # ruff: noqa: ASYNC110
 # A test looks at files, and for what comes in its own time, between two steps: nobody else waits for its loop.
@@ -18,14 +18,15 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from provider.errors import AccessDenied
-from provider.telemetry import LEVELS, Log, health
+from provider.telemetry import LEVELS, Log, http
 from provider.telemetry.health import Health
+from provider.telemetry.http import Answer, HttpServer, Page, Request
 
 CANARY = "canary-hunter2"
 TOKEN = "hvs.CAESIJcanarycanarycanary"
@@ -384,6 +385,31 @@ def listens(port: int) -> bool:
         return dialler.connect_ex(("127.0.0.1", port)) == 0
 
 
+@contextlib.asynccontextmanager
+async def serving(pages: Mapping[str, Page], host: str = "127.0.0.1") -> AsyncIterator[int]:
+    """These pages at a free port."""
+    port = free_port()
+    async with HttpServer((host, port), pages, name="health", flag="--health-addr"):
+        await until(lambda: listens(port))
+        yield port
+    assert not listens(port)
+
+
+async def talk(port: int, sent: bytes) -> bytes:
+    """All that is answered to these bytes, over a connection of their own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def status_line(port: int, path: str = "/health/ready") -> bytes:
+    """The status line of the answer to a GET."""
+    return (await talk(port, f"GET {path} HTTP/1.1\r\nHost: probe\r\n\r\n".encode())).split(b"\r\n")[0]
+
+
 async def test_probes_are_answered_by_what_ready_says() -> None:
     """/health/live is 200; /health/ready is 503 or 200 as the server says at that moment; other paths are 404."""
     ready = False
@@ -391,15 +417,14 @@ async def test_probes_are_answered_by_what_ready_says() -> None:
     async def is_ready() -> bool:
         return ready
 
-    port = free_port()
-    async with Health(("127.0.0.1", port), is_ready):
-        await until(lambda: listens(port))
+    health = Health(is_ready)
+    async with serving(health.pages) as port:
         assert await asyncio.to_thread(get, port, "/health/live") == 200
         assert await asyncio.to_thread(get, port, "/health/ready") == 503
         ready = True
-        assert await asyncio.to_thread(get, port, "/health/ready") == 200
+        assert await asyncio.to_thread(get, port, "/health/ready?verbose") == 200
         assert await asyncio.to_thread(get, port, "/") == 404
-    assert not listens(port)
+    await health.close()
 
 
 async def test_probes_that_come_together_ask_once() -> None:
@@ -413,45 +438,154 @@ async def test_probes_that_come_together_ask_once() -> None:
         await release.wait()
         return True
 
-    port = free_port()
-    async with Health(("", port), is_ready):
-        await until(lambda: listens(port))
-        requests = [asyncio.create_task(raw_get(port)) for _ in range(10)]
+    async with serving(Health(is_ready).pages, host="") as port:
+        requests = [asyncio.create_task(status_line(port)) for _ in range(10)]
         await until(lambda: asked == 1)
         # All ten have to be with the server before the answer is let go.
-        await asyncio.gather(*(raw_get(port, "/health/live") for _ in range(10)))
+        await asyncio.gather(*(status_line(port, "/health/live") for _ in range(10)))
         release.set()
-        assert await asyncio.gather(*requests) == [b"HTTP/1.1 200 OK\r\n"] * 10
+        assert await asyncio.gather(*requests) == [b"HTTP/1.1 200 OK"] * 10
         assert asked == 1
 
 
-async def raw_get(port: int, path: str = "/health/ready") -> bytes:
-    """The status line of a GET over a connection of its own."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n".encode())
-    line = await reader.readline()
-    writer.close()
-    await writer.wait_closed()
-    return line
+async def test_health_that_is_closed_asks_no_more() -> None:
+    """A question that hangs at the end does not outlive the daemon's other parts."""
+    asked = asyncio.Event()
+
+    async def hang() -> bool:
+        asked.set()
+        await asyncio.get_running_loop().create_future()
+        return True
+
+    health = Health(hang)
+    async with serving(health.pages) as port:
+        request = asyncio.create_task(status_line(port))
+        await asked.wait()
+        await asyncio.wait_for(health.close(), 30)
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "ready"]
+    assert await request in (b"", b"HTTP/1.1 500 Internal Server Error")
+
+
+# --- the server of all pages ------------------------------------------------------------------------------
+
+
+async def echo(request: Request) -> Answer:
+    """What was asked, by whom."""
+    return Answer(repr((request.path, request.peer, request.headers.get("x-thing"))).encode(), headers={"X-Own": "1"})
+
+
+async def test_page_is_told_what_was_asked_and_by_whom() -> None:
+    """A page gets the path without its query, the headers by lower-case names and the peer's address."""
+    async with serving({"/page": echo}) as port:
+        answer = await talk(port, b"GET /page?a=b HTTP/1.1\r\nX-Thing:  some  \r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b"('/page', '127.0.0.1', 'some')"
+    assert {line.lower() for line in head.split(b"\r\n")[1:]} >= {
+        b"content-length: %d" % len(body),
+        b"content-type: text/plain; charset=utf-8",
+        b"connection: close",
+        b"x-own: 1",
+    }
+
+
+async def test_head_is_answered_without_the_body() -> None:
+    """HEAD has the headers of GET, its length among them, and no body."""
+    async with serving({"/page": echo}) as port:
+        head, _, body = (await talk(port, b"HEAD /page HTTP/1.0\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"Content-Length: 28" in head
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"POST /page HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"405 Method Not Allowed"),
+        (b"GET /fails HTTP/1.1\r\n\r\n", b"500 Internal Server Error"),
+        (b"GET /else HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"GET /page HTTP/2.0\r\n\r\n", b"400 Bad Request"),
+        (b"GET /page\r\n\r\n", b"400 Bad Request"),
+        (b"GET /page HTTP/1.1\r\nno header\r\n\r\n", b"400 Bad Request"),
+        (b"\x16\x03\x01\x02\x00\r\n\r\n", b"400 Bad Request"),
+        (b"GET /page HTTP/1.1\r\nX: " + b"x" * http.MAX_HEAD_BYTES + b"\r\n\r\n", b"431 "),
+    ],
+)
+async def test_what_cannot_be_answered_is_refused_and_disturbs_nobody(
+    sent: bytes, status: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong method, no HTTP, too much of it, or a page that fails gets its status; the next caller is served."""
+
+    async def fail(request: Request) -> Answer:
+        raise ValueError(CANARY)
+
+    async with serving({"/page": echo, "/fails": fail}) as port:
+        answer = await talk(port, sent)
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert CANARY.encode() not in answer
+        assert await status_line(port, "/page") == b"HTTP/1.1 200 OK"
+    assert bool(caplog.records) == (status[:3] == b"500")
+
+
+async def test_connections_that_say_nothing_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many connections are held open, a probe is answered: past the bound the oldest are cut off."""
+    monkeypatch.setattr(http, "CONNECTION_SECONDS", 600.0)
+    async with serving({"/page": echo}) as port:
+        held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS + 10)]
+        for _, writer in held:
+            writer.write(b"GET /page HTTP/1.1\r\nX-Slow: ")
+        assert await status_line(port, "/page") == b"HTTP/1.1 200 OK"
+        for reader, _ in held[:10]:
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        # The youngest of them is still waited for.
+        reader, writer = held[-1]
+        writer.write(b"yes\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        for _, writer in held:
+            writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /large HTTP/1.1\r\n", b"GET /large HTTP/1.1\r\n\r\n"])
+async def test_connection_ends_whatever_the_caller_does(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller who does not ask, or does not take the answer, is cut off after a time."""
+    monkeypatch.setattr(http, "CONNECTION_SECONDS", 0.3)
+
+    async def large(request: Request) -> Answer:
+        return Answer(bytes(100_000_000))
+
+    async with serving({"/large": large}) as port:
+        with socket.create_connection(("127.0.0.1", port)) as held:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            held.sendall(sent)
+            held.setblocking(False)
+
+            def gone() -> bool:
+                # A write to a connection that was cut off fails; until then it is lost on the server.
+                try:
+                    held.send(b"x")
+                except (BrokenPipeError, ConnectionResetError):
+                    return True
+                except BlockingIOError:
+                    pass
+                return False
+
+            await until(gone)
 
 
 async def test_taken_port_is_told_and_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A port that another process holds is an error in the log; it is served as soon as it is free."""
-    monkeypatch.setattr(health, "RETRY_SECONDS", 0.02)
-
-    async def is_ready() -> bool:
-        return True
-
+    monkeypatch.setattr(http, "RETRY_SECONDS", 0.02)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port: int = other.getsockname()[1]
-        async with Health(("127.0.0.1", port), is_ready):
+        async with HttpServer(("127.0.0.1", port), {"/page": echo}, name="metrics", flag="--metrics-addr"):
             await until(lambda: bool(caplog.records))
             assert caplog.records[0].levelno == logging.ERROR
+            assert "--metrics-addr" in caplog.records[0].getMessage()
             assert caplog.records[0].__dict__["address"] == f"127.0.0.1:{port}"
             other.close()
             await until(lambda: listens(port))
-            assert await asyncio.to_thread(get, port, "/health/ready") == 200
+            assert await asyncio.to_thread(get, port, "/page") == 200

@@ -7,6 +7,7 @@ core reads its environment as it is imported, and whatever fails on the way is t
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -27,9 +28,11 @@ from provider.telemetry import LEVELS, Log
 
 if TYPE_CHECKING:
     from provider.cli.parts import Parts
+    from provider.telemetry.http import HttpServer, Page
 
     Build = Callable[[Settings], AbstractAsyncContextManager[Parts]]
 
+METRICS_PATH: Final = "/metrics"
 # As Go's flag package ends.
 EXIT_USAGE: Final = 2
 # Above "off": why a daemon ends is told even when nothing else is.
@@ -50,6 +53,10 @@ def main(arguments: Sequence[str] | None = None, build: Build | None = None) -> 
     except InvalidSetting as error:
         print(f"{PROGRAM}: {one_line(str(error), 1000)}", file=sys.stderr)
         return EXIT_USAGE
+    if command.status is not None:
+        from provider.cli import status
+
+        return status.run(command.status)
     if command.settings is None:
         sys.stdout.write(command.text)
         return 0
@@ -60,9 +67,9 @@ def main(arguments: Sequence[str] | None = None, build: Build | None = None) -> 
     for number in _SIGNALS:
         signal.signal(number, lambda *_: told_to_stop.set())
     style: Literal["json", "text"] = "text" if settings.log_format == "text" else "json"
-    with Log(settings.log_level, style):
+    with Log(settings.log_level, style) as log:
         try:
-            _serve(settings, build, told_to_stop)
+            _serve(settings, build, log, told_to_stop)
         except ProviderError as error:
             _logger.log(_LAST_WORDS, "cannot serve: %s", error)
             return 1
@@ -80,7 +87,7 @@ def version_text(style: str) -> str:
     return f"{PROGRAM} {__version__} (Python {platform.python_version()})\n"
 
 
-def _serve(settings: Settings, build: Build | None, told_to_stop: asyncio.Event) -> None:
+def _serve(settings: Settings, build: Build | None, log: Log, told_to_stop: asyncio.Event) -> None:
     # gRPC's C core writes plain text to stderr, between the lines of JSON, unless told so before it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import uvloop
@@ -89,7 +96,7 @@ def _serve(settings: Settings, build: Build | None, told_to_stop: asyncio.Event)
 
     process.keep_memory_private()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, build or parts.build, told_to_stop))
+        runner.run(_run(settings, build or functools.partial(parts.build, stderr=log.lines.put), told_to_stop))
 
 
 def _settle_memory() -> None:
@@ -104,22 +111,46 @@ def _settle_memory() -> None:
 
 async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) -> None:
     """Serve until a signal comes, and then until the last caller has its answer."""
-    from provider.server import Server
+    from provider.cli import guardrails
+    from provider.clock import SystemClock
+    from provider.server import PodLimits, Server
     from provider.telemetry.health import Health
 
     loop = asyncio.get_running_loop()
     Log.watch(loop)
+    guardrails.tell(settings)
     for number in _SIGNALS:
         loop.add_signal_handler(number, told_to_stop.set)
     async with AsyncExitStack() as stack:
         parts = await stack.enter_async_context(build(settings))
-        server = Server(settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout, parts.telemetry)
+        limits = PodLimits(settings, SystemClock())
+        server = Server(
+            settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout, parts.telemetry, limits=limits
+        )
         # Health comes first and goes last: a probe is told "not ready" at both ends.
-        address = split_listen_address(settings.health_addr)
-        if address is not None:
-            await stack.enter_async_context(Health(address, server.answers))
+        health = Health(server.answers)
+        stack.push_async_callback(health.close)
+        for http in _http_servers(settings, {**health.pages, **parts.pages}, parts.metrics):
+            await stack.enter_async_context(http)
         if not told_to_stop.is_set():
             await server.start()
+            _settle_memory()
             await told_to_stop.wait()
             await server.stop()
     _logger.info("stopped")
+
+
+def _http_servers(settings: Settings, pages: Mapping[str, Page], metrics: Page | None) -> Iterator[HttpServer]:
+    """What serves the health address, and the metrics' where they have one of their own."""
+    from provider.telemetry.http import HttpServer
+
+    own = settings.metrics_addr not in ("", settings.health_addr)
+    health = split_listen_address(settings.health_addr)
+    if health is not None:
+        if metrics is not None and not own:
+            pages = {**pages, METRICS_PATH: metrics}
+        yield HttpServer(health, pages, name="health", flag="--health-addr")
+    if metrics is not None and own:
+        address = split_listen_address(settings.metrics_addr)
+        if address is not None:
+            yield HttpServer(address, {METRICS_PATH: metrics}, name=METRICS_PATH, flag="--metrics-addr")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from provider.clock import SystemClock
@@ -17,7 +17,10 @@ from provider.server import Mounts
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
 from provider.spc import Parser
-from provider.telemetry.events import Telemetry
+from provider.telemetry.events import Event, Telemetry
+from provider.telemetry.http import Page
+from provider.telemetry.status import Status
+from provider.telemetry.volumes import Volumes
 from provider.vault import VaultServers
 
 # What fails in the background for a reason that nobody thought of is tried again, but not in a busy loop.
@@ -28,19 +31,29 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a server needs to answer mounts."""
+    """What a server needs to answer mounts, and what else the daemon tells."""
 
     parser: Parser
     mounts: Mounts
     telemetry: Telemetry
+    # What is served beside the health pages, by path; the metrics have a place of their own.
+    pages: Mapping[str, Page] = field(default_factory=dict)
+    metrics: Page | None = None
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings) -> AsyncIterator[Parts]:
-    """The parts of a daemon with these settings, working while the context is open."""
+async def build(settings: Settings, *, stderr: Callable[[str], bool]) -> AsyncIterator[Parts]:
+    """The parts of a daemon with these settings, working while the context is open.
+
+    ``stderr`` writes a line there, or says that there is no room for it.
+    """
     clock = SystemClock()
     telemetry = Telemetry()
+    volumes = Volumes(clock)
     async with contextlib.AsyncExitStack() as stack:
+        if settings.audit_log != "off":
+            # Before the parts, so that it ends after them and tells how they ended.
+            telemetry.listen(_audit(settings, telemetry, volumes, stderr, stack))
         servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr, max_connections=settings.max_connections)
         stack.push_async_callback(servers.close)
         kubernetes = Kubernetes(settings.kubeconfig)
@@ -57,7 +70,35 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
         mounts = Mounter(
             servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout, telemetry=telemetry
         )
-        yield Parts(Parser(settings), mounts, telemetry)
+        # After all who ask what a mount changed.
+        telemetry.listen(volumes.take)
+        status = Status(sessions.views, volumes, clock, node=settings.node_name)
+        yield Parts(Parser(settings), mounts, telemetry, status.pages)
+
+
+def _audit(
+    settings: Settings,
+    telemetry: Telemetry,
+    volumes: Volumes,
+    stderr: Callable[[str], bool],
+    stack: contextlib.AsyncExitStack,
+) -> Callable[[Event], None]:
+    """The listener that writes the audit log; its file is closed with ``stack``."""
+    # A daemon without one does not pay for it.
+    from provider.telemetry.audit import Audit, AuditFile
+
+    loop = asyncio.get_running_loop()
+
+    def record(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the telling
+            loop.call_soon_threadsafe(telemetry.record, event)
+
+    put = stderr
+    if settings.audit_log != "stderr":
+        put = stack.enter_context(AuditFile(settings.audit_log, record)).put
+    audit = Audit(put, volumes, telemetry.record, node=settings.node_name)
+    audit.begin()
+    return audit.take
 
 
 async def _keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:
