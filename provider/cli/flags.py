@@ -365,11 +365,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _GUARDRAILS, "max-pod-objects", "NUMBER", str(MAX_POD_OBJECTS),
-        "Most objects of one pod's mounts in a minute; 0 for no limit.", _read_pod_share,
+        "Most objects of one pod's mounts in a minute, each source of a template counted; 0 for no limit.",
+        _read_pod_share,
     ),
     Flag(
         _GUARDRAILS, "max-pod-mib", "NUMBER", str(MAX_POD_MIB),
-        "Most MiB of one pod's classes and files in a minute; 0 for no limit.", _read_pod_share,
+        "Most MiB of one pod's files in a minute; 0 for no limit.", _read_pod_share,
     ),
     Flag(
         _CREDENTIALS, "renew-percent", "NUMBER", "67",

@@ -10,10 +10,12 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from provider.clock import SystemClock
 from provider.errors import InvalidSetting
 from provider.server.endpoint import Endpoint
+from provider.server.limits import PodLimits
 from provider.server.service import Mounts, Service
-from provider.settings import MIB
+from provider.settings import MIB, Settings
 from provider.spc import Parser
 from provider.telemetry.events import Telemetry
 from provider.v1alpha1 import service_pb2, service_pb2_grpc
@@ -38,7 +40,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves the driver's calls at ``path``. ``mount_timeout`` and ``connection_age`` are in seconds."""
+    """Serves the driver's calls at ``path``. ``mount_timeout`` and ``connection_age`` are in seconds.
+
+    ``limits`` is what pods may ask for; without it the default.
+    """
 
     def __init__(
         self,
@@ -48,10 +53,13 @@ class Server:
         mount_timeout: float,
         telemetry: Telemetry,
         *,
+        limits: PodLimits | None = None,
         connection_age: float = CONNECTION_AGE,
     ) -> None:
         self._endpoint = Endpoint(path)
-        self._service = Service(parser, mounts, mount_timeout, telemetry)
+        self._service = Service(
+            parser, mounts, mount_timeout, telemetry, limits or PodLimits(Settings(), SystemClock())
+        )
         self._connection_age = connection_age
         self._grace = mount_timeout + GRACE_SECONDS
         self._grpc: grpc.aio.Server | None = None

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NoReturn, Protocol
 
@@ -21,10 +22,12 @@ from provider import __version__
 from provider.errors import MAX_MESSAGE_BYTES, BadSecret, Code, InvalidClass, OutOfTime, ProviderError, fit
 from provider.mount import MountResult
 from provider.redact import one_line
+from provider.server.limits import REFUSAL_SECONDS, PodFloods, PodLimits, Spending
 from provider.settings import MAX_MOUNT_BYTES, MIB
-from provider.spc import MountSpec, Parser, Pod
+from provider.spc import MountSpec, Parser, Pod, mounting_pod
 from provider.telemetry.events import MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
+from provider.vault.turns import Turns
 
 PROTOCOL_VERSION: Final = "v1alpha1"
 RUNTIME_NAME: Final = "vault-csi-provider"
@@ -71,14 +74,19 @@ class Service:
     (docs/contract.md section 1).
     """
 
-    def __init__(self, parser: Parser, mounts: Mounts, mount_timeout: float, telemetry: Telemetry) -> None:
+    def __init__(
+        self, parser: Parser, mounts: Mounts, mount_timeout: float, telemetry: Telemetry, limits: PodLimits
+    ) -> None:
         self._telemetry = telemetry
+        self._limits = limits
         self._parser = parser
         self._mounts = mounts
         self._limit = mount_timeout + BACKSTOP_SECONDS
         # One thread: a class of a megabyte takes long to read, and must hold up neither the event loop nor more
         # than one of the node's cores.
         self._reader = ThreadPoolExecutor(1, "parse")
+        # Pod by pod, since a hostile class takes up to a second, and a pod may have many.
+        self._reading = Turns(1)
 
     def handler(self) -> grpc.GenericRpcHandler[bytes, bytes]:
         """What a gRPC server is to be given."""
@@ -149,20 +157,47 @@ class Service:
             request = pb.MountRequest.FromString(data)
         except DecodeError:
             raise InvalidClass(["the driver's request is no MountRequest, or has text that is not UTF-8"]) from None
-        spec = await asyncio.get_running_loop().run_in_executor(
-            self._reader,
-            self._parser.parse,
-            request.attributes,
-            request.secrets,
-            request.target_path,
-            request.permission,
-        )
+        about.pod = mounting_pod(request.attributes)
+        pod = about.pod.uid if about.pod else ""
+        try:
+            spec = await self._read(request, pod)
+        except PodFloods:
+            await asyncio.sleep(min(REFUSAL_SECONDS, self._limit / 2))
+            raise
         about.know(spec)
         result = await self._mounts.mount(spec)
         answer = _answer(result)
+        self._limits.spend(pod, Spending.BYTES, len(answer))
         if result.event is not None:
             self._telemetry.record(result.event)
         return answer
+
+    async def _read(self, request: pb.MountRequest, pod: str) -> MountSpec:
+        """What the request asks for, if the pod may still ask. Raises PodFloods and InvalidClass."""
+        await self._reading.take(pod)
+        try:
+            self._limits.check(pod)
+            self._limits.spend(pod, Spending.MOUNTS, 1)
+            spec, seconds = await asyncio.get_running_loop().run_in_executor(self._reader, self._parse, request)
+            self._limits.spend(pod, Spending.PARSING, seconds)
+        finally:
+            self._reading.give(pod)
+        if isinstance(spec, InvalidClass):
+            raise spec
+        # Others of the pod's mounts may have spent what was left meanwhile.
+        self._limits.check(pod)
+        self._limits.spend(pod, Spending.OBJECTS, sum(len(wanted.sources) for wanted in spec.objects))
+        return spec
+
+    def _parse(self, request: pb.MountRequest) -> tuple[MountSpec | InvalidClass, float]:
+        """What the request comes to, and the seconds of processor time that it took."""
+        began = time.thread_time()
+        spec: MountSpec | InvalidClass
+        try:
+            spec = self._parser.parse(request.attributes, request.secrets, request.target_path, request.permission)
+        except InvalidClass as error:
+            spec = error
+        return spec, time.thread_time() - began
 
 
 def _unexpected(error: BaseException, about: _About) -> ProviderError:

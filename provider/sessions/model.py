@@ -47,7 +47,9 @@ class Identity:
         # Field by field, so that a later version that adds one finds the files of this one.
         where = [server.address, server.namespace, tls.ca_cert, tls.ca_directory, tls.server_name, tls.client_cert]
         who = [tls.client_key, tls.skip_verify, login.mount, login.role, login.audience, self.pod_uid]
-        text = json.dumps(where + who)
+        # Left out while unset, as in the files of versions that did not know them.
+        roots = [tls.ca_root, tls.client_root] if tls.ca_root or tls.client_root else []
+        text = json.dumps(where + who + roots)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

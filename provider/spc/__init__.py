@@ -17,6 +17,7 @@ from provider.spc.model import (
     VaultServer,
     Whole,
 )
+from provider.spc.parameters import mounting_pod
 from provider.spc.parser import Parser
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "Template",
     "VaultServer",
     "Whole",
+    "mounting_pod",
 ]

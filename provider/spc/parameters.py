@@ -44,9 +44,7 @@ _SPELLINGS: Final = {
     name: (*(prefix + name for prefix in _PREFIXES), *(("roleName",) if name == "RoleName" else ()))
     for name in _PREFIXED
 }
-_CA_FILES: Final = ("CACertPath", "CADirectory")
-_CLIENT_FILES: Final = ("TLSClientCertPath", "TLSClientKeyPath")
-_FILES: Final = (*_CA_FILES, *_CLIENT_FILES)
+_FILES: Final = ("CACertPath", "CADirectory", "TLSClientCertPath", "TLSClientKeyPath")
 KNOWN: Final = (
     "audience",
     "objects",
@@ -61,6 +59,9 @@ _MAX_TOKENS_BYTES: Final = 256 * 1024
 
 # Kubernetes' own names: they stand in URLs of its API.
 _KUBERNETES_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_OF_POD: Final = re.compile(
+    rf'(?<!\\)"({re.escape(_DRIVERS_OWN)}(?:pod\.(?:name|namespace|uid)|serviceAccount\.name))"\s*:\s*"([^"\\]{{1,253}})"'
+)
 _SPACE: Final = (" ", "\t", "\r", "\n")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Go's strconv.ParseBool, which the Go providers read it with.
@@ -180,6 +181,16 @@ def address(text: str) -> str:
         raise Refused("has no host", _SCHEMES)
     paths.refuse_dots(url.path)
     return f"{url.scheme}://{url.netloc.lower()}{url.path.rstrip('/')}"
+
+
+def mounting_pod(attributes: str) -> Pod | None:
+    """The pod that the attributes are of, found without reading the rest of them; None where it is not told.
+
+    A text within the JSON cannot pass for one of its names: the quotes around a name have no backslash before them.
+    """
+    given = dict(_OF_POD.findall(attributes))
+    named = [given.get(key, "") for key in (POD_NAMESPACE, POD_NAME, POD_UID, SERVICE_ACCOUNT)]
+    return Pod(*named) if all(map(_KUBERNETES_NAME.fullmatch, named)) else None
 
 
 class Parameters:
@@ -315,11 +326,13 @@ class Parameters:
         operators = settings.tls
         ca_cert, ca_directory = self._cas(operators)
         client_cert, client_key = self._client(settings, operators_server=operators_server)
-        of_class = {name: self._folded(name) for name in _FILES}
-        for given, spelling in of_class.values():
+        for name in _FILES:
+            given, spelling = self._folded(name)
             if given:
                 self._confine(given, spelling, settings)
-        named = {name for name, (given, _) in of_class.items() if given}
+        # The operator's own file is the same one, and needs no second connection, whoever names it.
+        own_cas = (ca_cert, ca_directory) == (operators.ca_cert, operators.ca_directory)
+        own_client = (client_cert, client_key) == (operators.client_cert, operators.client_key)
         return TlsSettings(
             ca_cert=ca_cert,
             ca_directory=ca_directory,
@@ -327,8 +340,8 @@ class Parameters:
             client_cert=client_cert,
             client_key=client_key,
             skip_verify=self._skip_verify(settings),
-            ca_root=settings.tls_root if named & set(_CA_FILES) else "",
-            client_root=settings.tls_root if named & set(_CLIENT_FILES) else "",
+            ca_root="" if own_cas else settings.tls_root,
+            client_root="" if own_client or not client_cert else settings.tls_root,
         )
 
     def _client(self, settings: Settings, *, operators_server: bool) -> tuple[str, str]:

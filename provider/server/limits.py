@@ -1,0 +1,103 @@
+"""What one pod may ask for in a minute, so that no tenant starves the others of a node."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from provider.clock import Clock
+from provider.errors import Code, ProviderError
+from provider.settings import MIB, Settings
+
+PERIOD: Final = 60.0
+"""Seconds in which what was spent has come back."""
+
+# Seconds of processor time that reading one pod's classes may take in a minute. A class of fifty objects takes some
+# milliseconds, and is then kept; a hostile one takes up to a second, and is another one each time.
+MAX_PARSING_SECONDS: Final = 3.0
+# Seconds until a pod that is over its share is told so: whoever tries again at once gets no more work done by it.
+REFUSAL_SECONDS: Final = 1.0
+# Pods whose spending is remembered: a node has 110 by default, and each goes when its minute is over.
+MAX_PODS: Final = 10_000
+
+
+class PodFloods(ProviderError):
+    """A pod has asked for more than its share."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class Spending(enum.Enum):
+    """What is counted, and in which words a refusal tells of it."""
+
+    MOUNTS = "mounts"
+    OBJECTS = "objects"
+    BYTES = "MiB of files"
+    PARSING = "seconds of reading its classes"
+
+
+class PodLimits:
+    """The spending of pods, each within the same limits; a limit of 0 is none. For one thread.
+
+    A pod begins with all that it may spend in a minute, and it comes back evenly. It may go on while anything is left,
+    and what a mount costs is taken when it is known, into debt if need be: a limit slows any class down, and refuses
+    none for good.
+    """
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._clock = clock
+        self._limits: Mapping[Spending, float] = {
+            Spending.MOUNTS: settings.max_pod_mounts,
+            Spending.OBJECTS: settings.max_pod_objects,
+            Spending.BYTES: settings.max_pod_mib * MIB,
+            Spending.PARSING: MAX_PARSING_SECONDS,
+        }
+        # What is spent and has not come back, and since when; the pod that was seen last is at the end.
+        self._spent: OrderedDict[str, tuple[float, dict[Spending, float]]] = OrderedDict()
+
+    def check(self, pod: str) -> None:
+        """Raise PodFloods where the pod of this UID has spent all of anything."""
+        for spending, spent in self._of(pod).items():
+            limit = self._limits[spending]
+            # Of mounts a whole one has to be left, since each costs one.
+            if spent >= limit or (spending is Spending.MOUNTS and spent > limit - 1):
+                raise _refusal(spending, limit)
+
+    def spend(self, pod: str, spending: Spending, amount: float) -> None:
+        """Take ``amount`` from what the pod has left, whether or not it has so much."""
+        if self._limits[spending]:
+            spent = self._of(pod)
+            spent[spending] = spent.get(spending, 0.0) + amount
+
+    def _of(self, pod: str) -> dict[Spending, float]:
+        """What the pod has spent and not got back until now."""
+        now = self._clock.now()
+        at, spent = self._spent.pop(pod, (now, {}))
+        back = (now - at) / PERIOD
+        left = {what: amount - self._limits[what] * back for what, amount in spent.items()}
+        spent = {what: amount for what, amount in left.items() if amount > 0}
+        self._spent[pod] = now, spent
+        self._forget(now)
+        return spent
+
+    def _forget(self, now: float) -> None:
+        """Drop whoever was seen longest ago, if all has come back to it or there are too many."""
+        while self._spent:
+            pod, (at, spent) = next(iter(self._spent.items()))
+            back = (now - at) / PERIOD
+            owes = any(amount > self._limits[what] * back for what, amount in spent.items())
+            if len(self._spent) <= MAX_PODS and (owes or now == at):
+                return
+            del self._spent[pod]
+
+
+def _refusal(spending: Spending, limit: float) -> PodFloods:
+    shown = limit / MIB if spending is Spending.BYTES else limit
+    flag = {Spending.MOUNTS: "mounts", Spending.OBJECTS: "objects", Spending.BYTES: "mib"}.get(spending)
+    return PodFloods(
+        f"this pod has asked for more than {shown:g} {spending.value} in a minute",
+        "mount less, or look why its volumes are mounted again and again"
+        + (f"; the daemon's --max-pod-{flag}={2 * shown:g} would allow twice as much" if flag else ""),
+    )
