@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from provider.clock import Clock
 from provider.sessions.snapshot import Snapshot, dump, load
 from provider.state import Entry, StateDir, StateUnusable
+
+
+class _Holding:
+    """Written out, since each read of a mount makes one."""
+
+    __slots__ = ("_file",)
+
+    def __init__(self, file: SessionFile) -> None:
+        self._file = file
+
+    async def __aenter__(self) -> None:
+        await self._file.enter()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._file.leave()
 
 
 class SessionFile:
@@ -54,26 +69,35 @@ class SessionFile:
         self.changed |= found is None and self.generation > 0
         return found not in (None, self.generation)
 
-    @contextlib.asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Hold the file against another daemon, knowing what that one wrote; write before letting go.
+    def held(self) -> _Holding:
+        """A context in which the file is held against another daemon, knowing what that one wrote.
 
         Tasks of this process hold it together: the first takes the lock, the last writes and lets go.
         """
+        return _Holding(self)
+
+    async def enter(self) -> None:
+        """Begin to hold it; ``held`` sees to the end."""
+        if self._holders and not self._gate.locked():
+            self._holders += 1  # most of a mount's reads come here: no turn at a lock that nobody has
+            return
         async with self._gate:
             if not self._holders:
                 await self._take()
             self._holders += 1
-        try:
-            yield
-        finally:
-            async with self._gate:
-                self._holders -= 1
-                if not self._holders:
-                    try:
-                        await self._write()
-                    finally:
-                        await self._lock.aclose()
+
+    async def leave(self) -> None:
+        """End what ``enter`` began."""
+        if self._holders > 1 and not self._gate.locked():
+            self._holders -= 1
+            return
+        async with self._gate:
+            self._holders -= 1
+            if not self._holders:
+                try:
+                    await self._write()
+                finally:
+                    await self._lock.aclose()
 
     async def flush(self) -> None:
         """Write what changed, if anything did."""
