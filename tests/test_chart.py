@@ -132,7 +132,7 @@ MATRIX: dict[str, dict[str, Any]] = {
         "maxPodObjects": 5000,
         "maxPodMiB": 64,
     },
-    "not hardened": {"hardened": False, "unknownFields": "error"},
+    "not hardened": {"hardened": False, "unknownFields": "error", "allowSkipTLSVerify": False, "maxPodMounts": 0},
     "state": {"stateDir": {"hostPath": "/var/lib/vault-csi-provider"}},
     "no state": {"stateDir": {"enabled": False}},
     "sweep": {"sweep": {"interval": "2m"}, "refreshAfter": "10m", "templates": False},
@@ -616,7 +616,7 @@ def test_hardened_and_opened(tmp_path: Path) -> None:
     opened = set(container(template(tmp_path, MATRIX["opened"]))["args"]) - set(closed)
     assert opened == {
         "-allowed-vault-addresses=https://other.example.com:8200,*.vault.example.com",
-        "-allow-skip-tls-verify",
+        "-allow-skip-tls-verify=true",
         "-tls-root=/etc/tls",
         "-unknown-fields=warn",
         "-max-pod-mounts=100",
@@ -669,6 +669,7 @@ def test_helm_test_asks_a_real_daemon(tmp_path: Path) -> None:
         ({"vaultAddress": "http://vault:8200"}, "in the clear", "Not hardened"),
         ({"agent": {"enabled": True}}, "`agent` is ignored", "hostNetwork"),
         ({"hostNetwork": True}, "With hostNetwork", "`agent`"),
+        ({"healthPort": 9808}, "vault-csi-provider status -health-addr=:9808", "hostNetwork"),
     ],
 )
 def test_notes_say_what_matters(tmp_path: Path, values: dict[str, Any], said: str, unsaid: str) -> None:

@@ -110,8 +110,8 @@ rollingUpdate:
 {{- with .Values.allowedVaultAddresses }}
 - {{ printf "-allowed-vault-addresses=%s" (join "," .) | quote }}
 {{- end }}
-{{- if .Values.allowSkipTLSVerify }}
-- -allow-skip-tls-verify
+{{- if not (kindIs "invalid" .Values.allowSkipTLSVerify) }}
+- -allow-skip-tls-verify={{ .Values.allowSkipTLSVerify }}
 {{- end }}
 {{- if .Values.tlsRoot }}
 - {{ printf "-tls-root=%s" .Values.tlsRoot | quote }}
