@@ -157,6 +157,11 @@ class OpenBao:
             raise ValueError('a Unix socket takes storage="inmem" or "raft"')
         return f"unix://{self._socket_path}"
 
+    @property
+    def audit_path(self) -> Path:
+        """The audit log, which is kept with `audit`."""
+        return self._directory / "audit.log"
+
     # API ----------------------------------------------------------------------------------------------
 
     def api(
@@ -311,7 +316,7 @@ class OpenBao:
         if not self._audit:
             raise ValueError("requests are kept with audit=True")
         found = []
-        for line in self._audit_path.read_text().splitlines():
+        for line in self.audit_path.read_text().splitlines():
             entry = json.loads(line)
             if entry["type"] != "request" or "root" in entry["auth"].get("policies", ()):
                 continue
@@ -340,10 +345,6 @@ class OpenBao:
     @property
     def _socket_path(self) -> Path:
         return self._directory / "bao.sock"
-
-    @property
-    def _audit_path(self) -> Path:
-        return self._directory / "audit.log"
 
     def _list(self, path: str) -> list[str]:
         try:
@@ -395,7 +396,7 @@ class OpenBao:
     def _config(self) -> dict[str, object]:
         config: dict[str, object] = {}
         if self._audit:
-            options = {"file_path": str(self._audit_path), "hmac_accessor": "false"}
+            options = {"file_path": str(self.audit_path), "hmac_accessor": "false"}
             # Two fields, since HCL's JSON reader folds an object of one field into its parent's keys.
             config["audit"] = [{"file": {"stand": {"description": "the stand's", "options": options}}}]
         if self._storage == "dev":
