@@ -96,7 +96,7 @@ def _serve(settings: Settings, build: Build | None, log: Log, told_to_stop: asyn
 
     process.keep_memory_private()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings, build or functools.partial(parts.build, stderr=log.lines.put), told_to_stop))
+        runner.run(_run(settings, build or functools.partial(parts.build, stderr=log.lines), told_to_stop))
 
 
 def _settle_memory() -> None:

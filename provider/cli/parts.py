@@ -19,6 +19,8 @@ from provider.settings import Settings
 from provider.spc import Parser
 from provider.telemetry.events import Event, Telemetry
 from provider.telemetry.http import Page
+from provider.telemetry.lines import LineWriter
+from provider.telemetry.metrics import Metrics
 from provider.telemetry.status import Status
 from provider.telemetry.volumes import Volumes
 from provider.vault import VaultServers
@@ -42,19 +44,21 @@ class Parts:
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings, *, stderr: Callable[[str], bool]) -> AsyncIterator[Parts]:
-    """The parts of a daemon with these settings, working while the context is open.
-
-    ``stderr`` writes a line there, or says that there is no room for it.
-    """
+async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Parts]:
+    """The parts of a daemon with these settings, working while the context is open. ``stderr`` writes lines there."""
     clock = SystemClock()
     telemetry = Telemetry()
     volumes = Volumes(clock)
     async with contextlib.AsyncExitStack() as stack:
         if settings.audit_log != "off":
             # Before the parts, so that it ends after them and tells how they ended.
-            telemetry.listen(_audit(settings, telemetry, volumes, stderr, stack))
-        servers = VaultServers(clock=clock, proxy=settings.vault_proxy_addr, max_connections=settings.max_connections)
+            telemetry.listen(_audit(settings, telemetry, volumes, stderr.put, stack))
+        servers = VaultServers(
+            clock=clock,
+            proxy=settings.vault_proxy_addr,
+            max_connections=settings.max_connections,
+            telemetry=telemetry,
+        )
         stack.push_async_callback(servers.close)
         kubernetes = Kubernetes(settings.kubeconfig)
         stack.push_async_callback(kubernetes.close)
@@ -70,10 +74,21 @@ async def build(settings: Settings, *, stderr: Callable[[str], bool]) -> AsyncIt
         mounts = Mounter(
             servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout, telemetry=telemetry
         )
+        metrics = None
+        if settings.metrics_addr != "off":
+            metrics = Metrics(
+                volumes,
+                sessions.views,
+                lambda: stderr.refused,
+                clock,
+                address=settings.vault_addr,
+                auth_mount=settings.vault_mount,
+            )
+            telemetry.listen(metrics.take)
         # After all who ask what a mount changed.
         telemetry.listen(volumes.take)
         status = Status(sessions.views, volumes, clock, node=settings.node_name)
-        yield Parts(Parser(settings), mounts, telemetry, status.pages)
+        yield Parts(Parser(settings), mounts, telemetry, status.pages, metrics.page if metrics is not None else None)
 
 
 def _audit(

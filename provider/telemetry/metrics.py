@@ -1,0 +1,572 @@
+"""What Prometheus is told: counts of events, and the state at the moment of a scrape.
+
+Events are counted in dictionaries, which costs a mount microseconds. prometheus_client writes them down; it is imported
+by the first scrape, in a thread, since it takes a sixth of the daemon's start and is of no use before.
+
+Every label has values from a list that is known beforehand, or so many at most: whatever tenants write in their
+classes, a daemon has no more series than a server of metrics can bear from each node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import math
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from provider import __version__
+from provider.clock import Clock
+from provider.errors import Code, KubernetesUnavailable, LoginDenied, VaultUnavailable
+from provider.redact import one_line
+from provider.spc.model import VaultServer
+from provider.telemetry.events import (
+    AuditLost,
+    AuditOutage,
+    BreakerChanged,
+    Event,
+    Issued,
+    Kind,
+    LoggedIn,
+    Mounted,
+    MountRefused,
+    ProgramEnded,
+    ReadShared,
+    Renewal,
+    Renewing,
+    Revocation,
+    Revoking,
+    SessionView,
+    Supply,
+    Swept,
+    VaultRequest,
+)
+from provider.telemetry.http import Answer, Request
+from provider.telemetry.volumes import Volume, Volumes
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+# What stands for all values of a label that have no room of their own.
+OTHER: Final = "other"
+# Auth and engine mounts that requests are told apart by. A node's pods use a handful; each has a histogram.
+MAX_PATHS: Final = 30
+# Series of one family, whatever its labels could make: some 40 of a node that uses a handful of mounts.
+MAX_SERIES: Final = 500
+# Histograms have a dozen series each.
+MAX_HISTOGRAMS: Final = 60
+# Pods that are named since their mounts fail, those first that have been failing longest: enough to look at, and a
+# whole node's pods may fail when Vault does.
+MAX_FAILING: Final = 50
+# Vaults that are named since they do not answer. Classes name them.
+MAX_ADDRESSES: Final = 20
+# Of the texts of tenants that are labels: a pod's name has 253 characters at most, and so has a host's.
+MAX_LABEL: Final = 300
+# How old an answer may be: who asks in a loop gets one scrape's work done a second.
+FRESH_SECONDS: Final = 1.0
+# A pod that was not mounted for this long, where others are, is gone: its leases end as they should.
+IDLE_SECONDS: Final = 900.0
+
+METHODS: Final = frozenset({"GET", "LIST", "POST", "PUT", "PATCH", "DELETE", "HEAD", "SCAN"})
+# Those that docs/contract.md section 3 speaks of, and what else proxies answer; "none" is no answer at all.
+NO_ANSWER: Final = "none"
+STATUSES: Final[Mapping[int, str]] = {
+    0: NO_ANSWER,
+    **{
+        status: str(status)
+        for status in (200, 202, 204, 301, 302, 307, 308, 400, 401, 403, 404, 405, 408, 412, 413, 429)
+    },
+    **{status: str(status) for status in (472, 473, 500, 501, 502, 503, 504)},
+}
+SUCCESSES: Final = frozenset({200, 202, 204})
+# What ends a program (provider.sandbox).
+LIMITS: Final = ("cpu", "memory", "output", "time")
+
+OPENMETRICS: Final = "application/openmetrics-text"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Metrics of one name, as OpenMetrics has it: a counter's samples have ``_total`` behind it, an info's ``_info``.
+
+    ``buckets`` are a histogram's upper bounds.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram", "info"]
+    labels: tuple[str, ...]
+    meaning: str
+    unit: str = ""
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def sample(self) -> str:
+        """The name to ask Prometheus for; a histogram's has ``_bucket``, ``_count`` and ``_sum`` behind it."""
+        return self.name + {"counter": "_total", "info": "_info"}.get(self.kind, "")
+
+
+REQUESTS: Final = Family(
+    "vault_requests",
+    "counter",
+    ("method", "path", "status"),
+    "HTTP requests to Vault. path is the auth or engine mount; status is none where no answer came. Those of the "
+    "daemon's own auth mount are known beforehand.",
+)
+REQUEST_SECONDS: Final = Family(
+    "vault_request_duration_seconds",
+    "histogram",
+    ("method", "path"),
+    "Seconds from sending a request to Vault to its answer, of those that were answered.",
+    "seconds",
+    (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+)
+ROTATIONS: Final = Family(
+    "secret_rotation",
+    "counter",
+    ("secret_type", "status"),
+    "Objects that a re-mount changed (status success), and for each failed re-mount the secret types of its volume "
+    "(status error).",
+)
+MOUNTS: Final = Family("vault_csi_mounts", "counter", ("code",), "Mounts by the gRPC code of their answer.")
+MOUNT_SECONDS: Final = Family(
+    "vault_csi_mount_duration_seconds",
+    "histogram",
+    ("outcome",),
+    "Seconds that a mount took.",
+    "seconds",
+    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+REMOUNT_FAILURES: Final = Family(
+    "vault_csi_remount_failures",
+    "counter",
+    ("code",),
+    "Mounts that failed of volumes that had been mounted: their pods run on with what they have, and nobody is told.",
+)
+OBJECTS: Final = Family("vault_csi_mounted_objects", "counter", (), "Objects of the mounts that succeeded.")
+FILES: Final = Family("vault_csi_mounted_files", "counter", (), "Files of the mounts that succeeded.")
+BYTES: Final = Family(
+    "vault_csi_mounted_bytes", "counter", (), "Bytes of the files of the mounts that succeeded.", "bytes"
+)
+ANSWERS: Final = Family(
+    "vault_csi_answers",
+    "counter",
+    ("supply",),
+    "Distinct reads of the mounts that succeeded: asked of Vault (read), a lease or certificate that the pod has "
+    "(kept), or younger than refreshAfter (remembered).",
+)
+SHARED: Final = Family(
+    "vault_csi_shared_reads", "counter", (), "Reads that took the answer to another pod's that was under way."
+)
+LOGINS: Final = Family(
+    "vault_csi_logins",
+    "counter",
+    ("path", "outcome"),
+    "Logins by auth mount: success, denied by Vault, no_token (Kubernetes gave none), unanswered, or failed otherwise.",
+)
+ISSUED: Final = Family(
+    "vault_csi_issued", "counter", ("secret_type",), "Leases and certificates that Vault gave to pods."
+)
+RENEWALS: Final = Family(
+    "vault_csi_renewals",
+    "counter",
+    ("what", "outcome"),
+    "Renewals of tokens and leases: renewed, refused (it lives to its end), gone, or unanswered and tried again.",
+)
+REVOCATIONS: Final = Family(
+    "vault_csi_revocations",
+    "counter",
+    ("outcome",),
+    "Revocations of tokens: revoked, refused (left to expire), or unanswered and tried again.",
+)
+SWEEPS: Final = Family(
+    "vault_csi_sweeps",
+    "counter",
+    ("outcome",),
+    "Looks for pods that are gone: done, or failed, which revokes nothing.",
+)
+GONE: Final = Family("vault_csi_pods_gone", "counter", (), "Pods that were found gone, and whose tokens are revoked.")
+KILLS: Final = Family(
+    "vault_csi_template_kills", "counter", ("limit",), "Templates and expressions ended by force, by their limit."
+)
+LOG_LOST: Final = Family(
+    "vault_csi_log_lines_lost", "counter", (), "Lines of the log that found no room, as stderr was not read."
+)
+AUDIT_LOST: Final = Family("vault_csi_audit_lines_lost", "counter", (), "Lines of the audit log that were not written.")
+AUDIT_OUTAGE: Final = Family(
+    "vault_csi_audit_outage", "gauge", (), "1 while the audit log cannot be written, and its lines wait."
+)
+SESSIONS: Final = Family("vault_csi_sessions", "gauge", (), "Sessions of pods with Vault.")
+LEASES: Final = Family("vault_csi_leases", "gauge", ("secret_type",), "Leases and certificates that are kept for pods.")
+EARLIEST_END: Final = Family(
+    "vault_csi_lease_earliest_end_seconds",
+    "gauge",
+    ("renewal",),
+    "Seconds to the end of the lease or certificate that ends first, of those that are going to be renewed (due) and "
+    "of those that are not (over); +Inf where there is none.",
+    "seconds",
+)
+AWAY: Final = Family(
+    "vault_csi_vault_away",
+    "gauge",
+    ("address",),
+    "1 for a Vault that does not answer, so that mounts are refused at once. The one of the daemon's flags is always "
+    "here.",
+)
+FAILING: Final = Family("vault_csi_failing_volumes", "gauge", (), "Volumes whose last mount failed.")
+FAILING_SECONDS: Final = Family(
+    "vault_csi_volume_failing_seconds",
+    "gauge",
+    ("pod_namespace", "pod_name", "mounted"),
+    "Seconds since the mounts of a pod's volume began to fail, while they do. mounted says whether one had succeeded, "
+    f"so that the pod runs with what it had. The {MAX_FAILING} pods that have been failing longest.",
+    "seconds",
+)
+BUILD: Final = Family("vault_csi_build", "info", ("version", "python"), "The daemon's version, and Python's.")
+
+FAMILIES: Final = (
+    REQUESTS,
+    REQUEST_SECONDS,
+    ROTATIONS,
+    MOUNTS,
+    MOUNT_SECONDS,
+    REMOUNT_FAILURES,
+    OBJECTS,
+    FILES,
+    BYTES,
+    ANSWERS,
+    SHARED,
+    LOGINS,
+    ISSUED,
+    RENEWALS,
+    REVOCATIONS,
+    SWEEPS,
+    GONE,
+    KILLS,
+    LOG_LOST,
+    AUDIT_LOST,
+    AUDIT_OUTAGE,
+    SESSIONS,
+    LEASES,
+    EARLIEST_END,
+    AWAY,
+    FAILING,
+    FAILING_SECONDS,
+    BUILD,
+)
+
+Labels: TypeAlias = tuple[str, ...]
+Values: TypeAlias = dict[Labels, float] | dict[Labels, tuple[float, ...]]
+"""By label values: a number; of a histogram how many fell into each bucket and beyond the last, and the sum."""
+_OUTCOMES: Final = ("success", "denied", "no_token", "unanswered", "failed")
+
+
+class Counter:
+    """Counts by label values, at most MAX_SERIES of them. Those in ``known`` are 0 from the start.
+
+    Prometheus takes the first value that it sees for where a count begins, so one that begins with 1 is not seen.
+    """
+
+    def __init__(self, family: Family, known: Iterable[Labels] = ()) -> None:
+        self.family = family
+        self.values: dict[Labels, float] = dict.fromkeys(known if family.labels else ((),), 0)
+
+    def add(self, *labels: str, by: float = 1) -> None:
+        """Count ``by`` more for these label values, in the order of the family's labels."""
+        try:
+            self.values[labels] += by
+        except KeyError:
+            if len(self.values) >= MAX_SERIES:
+                labels = (OTHER,) * len(labels)
+            self.values[labels] = self.values.get(labels, 0) + by
+
+
+class Histogram:
+    """Durations, in seconds, by label values, at most MAX_HISTOGRAMS of them."""
+
+    def __init__(self, family: Family, known: Iterable[Labels] = ()) -> None:
+        self.family = family
+        # For each, how many fell into each bucket and beyond the last, and the sum.
+        self.values: dict[Labels, list[float]] = {labels: self._empty() for labels in known}
+
+    def observe(self, seconds: float, *labels: str) -> None:
+        """One took ``seconds``."""
+        found = self.values.get(labels)
+        if found is None:
+            if len(self.values) >= MAX_HISTOGRAMS:
+                labels = (OTHER,) * len(labels)
+            found = self.values.setdefault(labels, self._empty())
+        found[bisect_left(self.family.buckets, seconds)] += 1
+        found[-1] += seconds
+
+    def _empty(self) -> list[float]:
+        return [0.0] * (len(self.family.buckets) + 2)
+
+
+class Metrics:
+    """Counts the events that ``take`` is told, and writes it all down for ``page``.
+
+    ``volumes`` must not have taken an event before this has. ``views`` gives the sessions, ``lines_lost`` how many
+    lines of the log were ever lost. ``address`` and ``auth_mount`` are the daemon's own, which are known before anybody
+    used them.
+    """
+
+    def __init__(
+        self,
+        volumes: Volumes,
+        views: Callable[[], Sequence[SessionView]],
+        lines_lost: Callable[[], int],
+        clock: Clock,
+        *,
+        address: str,
+        auth_mount: str,
+    ) -> None:
+        self._volumes = volumes
+        self._views = views
+        self._lines_lost = lines_lost
+        self._clock = clock
+        self._address = _label(address)
+        self._paths = {f"auth/{auth_mount}/": _label(f"auth/{auth_mount}/")}
+        codes = [(code.value,) for code in Code]
+        kinds = [kind.value for kind in Kind]
+        login = next(iter(self._paths.values()))
+        logins = [("POST", login, status) for status in ("200", "400", "403", "503", NO_ANSWER)]
+        self.requests = Counter(REQUESTS, logins)
+        self.request_seconds = Histogram(REQUEST_SECONDS)
+        self.rotations = Counter(ROTATIONS, [(kind, status) for kind in kinds for status in ("success", "error")])
+        self.mounts = Counter(MOUNTS, [("OK",), *codes])
+        self.mount_seconds = Histogram(MOUNT_SECONDS, [("success",), ("error",)])
+        self.remount_failures = Counter(REMOUNT_FAILURES, codes)
+        self.objects = Counter(OBJECTS)
+        self.files = Counter(FILES)
+        self.bytes = Counter(BYTES)
+        self.answers = Counter(ANSWERS, [(supply.value,) for supply in Supply])
+        self.shared = Counter(SHARED)
+        self.logins = Counter(LOGINS, [(login, outcome) for outcome in _OUTCOMES])
+        self.issued = Counter(ISSUED, [(Kind.LEASED.value,), (Kind.ISSUED.value,)])
+        self.renewals = Counter(RENEWALS, [(what, each.value) for what in ("token", "lease") for each in Renewing])
+        self.revocations = Counter(REVOCATIONS, [(each.value,) for each in Revoking])
+        self.sweeps = Counter(SWEEPS, [("done",), ("failed",)])
+        self.gone = Counter(GONE)
+        self.kills = Counter(KILLS, [(limit,) for limit in LIMITS])
+        self.audit_lost = Counter(AUDIT_LOST)
+        self._counters = [found for found in vars(self).values() if isinstance(found, Counter)]
+        self._histograms = [found for found in vars(self).values() if isinstance(found, Histogram)]
+        self._audit_outage = False
+        self._away: set[VaultServer] = set()
+        self._sweeping = False
+        self._remounts = False
+        self._takers: Mapping[type[Event], Callable[[Any], None]] = {
+            VaultRequest: self._requested,
+            Mounted: self._mounted,
+            MountRefused: self._refused,
+            LoggedIn: self._logged_in,
+            Issued: lambda event: self.issued.add(event.kind.value),
+            Renewal: lambda event: self.renewals.add("lease" if event.lease_id else "token", event.outcome.value),
+            Revocation: lambda event: self.revocations.add(event.outcome.value),
+            ReadShared: lambda _: self.shared.add(),
+            Swept: self._swept,
+            ProgramEnded: lambda event: self.kills.add(event.limit if event.limit in LIMITS else OTHER),
+            BreakerChanged: self._breaker_changed,
+            AuditOutage: self._audit_changed,
+            AuditLost: lambda event: self.audit_lost.add(by=event.lines),
+        }
+        self._writing = asyncio.Lock()
+        self._written: dict[tuple[bool, bool], tuple[float, Answer]] = {}
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def take(self, event: Event) -> None:
+        """Count ``event``."""
+        taker = self._takers.get(type(event))
+        if taker is not None:
+            taker(event)
+
+    def _requested(self, event: VaultRequest) -> None:
+        method = event.method if event.method in METHODS else OTHER
+        path = self._paths.get(event.mount)
+        if path is None:
+            path = self._path(event.mount, event.status)
+        status = STATUSES.get(event.status)
+        self.requests.add(method, path, f"{event.status // 100}xx" if status is None else status)
+        if event.status:
+            self.request_seconds.observe(event.seconds, method, path)
+
+    def _path(self, mount: str, status: int) -> str:
+        # Only what has answered is known by its name: who writes paths that lead nowhere takes no room from others.
+        if status not in SUCCESSES or len(self._paths) >= MAX_PATHS or not mount:
+            return OTHER
+        path = self._paths[mount] = _label(mount)
+        return path
+
+    def _mounted(self, event: Mounted) -> None:
+        self.mounts.add("OK")
+        self.mount_seconds.observe(event.seconds, "success")
+        self.objects.add(by=len(event.spec.objects))
+        self.files.add(by=event.files)
+        self.bytes.add(by=event.size)
+        for supply, count in ((Supply.READ, event.read), (Supply.KEPT, event.kept)):
+            self.answers.add(supply.value, by=count)
+        self.answers.add(Supply.REMEMBERED.value, by=event.remembered)
+        change = self._volumes.change(event)
+        self._remounts |= change.remount
+        if change.changed:
+            for made in event.objects():
+                if made.name in change.changed:
+                    self.rotations.add(made.kind.value, "success")
+
+    def _refused(self, event: MountRefused) -> None:
+        self.mounts.add(event.code)
+        self.mount_seconds.observe(event.seconds, "error")
+        volume = None if event.pod is None else self._volumes.find(event.pod.uid, event.target_path)
+        if volume is not None and volume.mounted_at is not None:
+            self.remount_failures.add(event.code)
+            for kind in volume.kinds:
+                self.rotations.add(kind.value, "error")
+
+    def _logged_in(self, event: LoggedIn) -> None:
+        mount = f"auth/{event.spec.login.mount}/"
+        outcome = "success"
+        if event.error is not None:
+            causes = ((LoginDenied, "denied"), (KubernetesUnavailable, "no_token"), (VaultUnavailable, "unanswered"))
+            outcome = next((name for kind, name in causes if isinstance(event.error, kind)), "failed")
+        path = self._paths.get(mount)
+        if path is None:
+            path = self._path(mount, 200 if event.error is None else 0)
+        self.logins.add(path, outcome)
+
+    def _swept(self, event: Swept) -> None:
+        self.sweeps.add("failed" if event.error else "done")
+        self.gone.add(by=event.gone)
+        self._sweeping = not event.error
+
+    def _breaker_changed(self, event: BreakerChanged) -> None:
+        if event.open:
+            self._away.add(event.server)
+        else:
+            self._away.discard(event.server)
+
+    def _audit_changed(self, event: AuditOutage) -> None:
+        self._audit_outage = event.began
+
+    # -- a scrape --------------------------------------------------------------------------------------------------
+
+    async def page(self, request: Request) -> Answer:
+        """All metrics, in OpenMetrics for who accepts that, else in Prometheus' text."""
+        openmetrics = OPENMETRICS in request.headers.get("accept", "")
+        packed = "gzip" in request.headers.get("accept-encoding", "")
+        async with self._writing:
+            at, answer = self._written.get((openmetrics, packed), (-math.inf, None))
+            if answer is None or time.monotonic() > at + FRESH_SECONDS:
+                # The state is taken in the loop, where nothing changes meanwhile; writing it down takes longer.
+                answer = await asyncio.to_thread(_write, list(self._state()), openmetrics, packed)
+                self._written[openmetrics, packed] = (time.monotonic(), answer)
+            return answer
+
+    def _state(self) -> Iterator[tuple[Family, Values]]:
+        for counter in self._counters:
+            yield counter.family, dict(counter.values)
+        for histogram in self._histograms:
+            yield histogram.family, {labels: tuple(found) for labels, found in histogram.values.items()}
+        yield _one(LOG_LOST, self._lines_lost())
+        yield _one(AUDIT_OUTAGE, self._audit_outage)
+        yield AWAY, self._addresses()
+        failing = self._volumes.failing()
+        yield _one(FAILING, len(failing))
+        yield FAILING_SECONDS, self._longest(failing)
+        yield from self._held(self._views())
+        yield _one(BUILD, 1, __version__, platform.python_version())
+
+    def _held(self, views: Sequence[SessionView]) -> Iterator[tuple[Family, Values]]:
+        leases: dict[Labels, float] = {(kind.value,): 0 for kind in (Kind.LEASED, Kind.ISSUED)}
+        ends: dict[Labels, float] = {("due",): math.inf, ("over",): math.inf}
+        for view in views:
+            gone = self._idle(view)
+            for lease in view.leases:
+                leases[(lease.kind.value,)] += 1
+                if not gone:
+                    renewal = ("due",) if lease.renewed else ("over",)
+                    ends[renewal] = min(ends[renewal], lease.left)
+        yield _one(SESSIONS, len(views))
+        yield LEASES, leases
+        yield EARLIEST_END, ends
+
+    def _idle(self, view: SessionView) -> bool:
+        """Whether its pod is likely gone, where nobody says so: what was given to it is left to end."""
+        return not self._sweeping and self._remounts and view.mounted_ago > IDLE_SECONDS
+
+    def _addresses(self) -> dict[Labels, float]:
+        away: dict[Labels, float] = {(self._address,): 0}
+        for server in self._away:
+            address = _label(server.address)
+            away[(address,) if (address,) in away or len(away) < MAX_ADDRESSES else (OTHER,)] = 1
+        return away
+
+    def _longest(self, failing: Sequence[Volume]) -> dict[Labels, float]:
+        now = self._clock.now()
+        longest: dict[Labels, float] = {}
+        # The latest to begin comes first, so that of a pod's volumes the one stays that has been failing longest.
+        for volume in sorted(failing, key=lambda volume: -(volume.failing_since or 0.0)):
+            mounted = "false" if volume.mounted_at is None else "true"
+            pod = (_label(volume.pod.namespace), _label(volume.pod.name), mounted)
+            longest.pop(pod, None)
+            longest[pod] = now - (volume.failing_since or now)
+        return dict(list(longest.items())[-MAX_FAILING:])
+
+
+def _one(family: Family, value: float, *labels: str) -> tuple[Family, Values]:
+    return family, {labels: value}
+
+
+def _label(text: str) -> str:
+    """A tenant's text as a label's value: of one line, and such that it can be encoded."""
+    return one_line(text, MAX_LABEL)
+
+
+def _write(state: Sequence[tuple[Family, Values]], openmetrics: bool, packed: bool) -> Answer:
+    from prometheus_client import CollectorRegistry, ProcessCollector, exposition
+    from prometheus_client.openmetrics import exposition as openmetrics_exposition
+
+    # A registry of our own, for this scrape alone: the library's global one is nobody's.
+    registry = CollectorRegistry()
+    registry.register(_State(state))
+    ProcessCollector(registry=registry)
+    if openmetrics:
+        body, kind = openmetrics_exposition.generate_latest(registry), openmetrics_exposition.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
+    else:
+        body, kind = exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
+    if packed:
+        return Answer(gzip.compress(body, 5, mtime=0), content_type=kind, headers={"Content-Encoding": "gzip"})
+    return Answer(body, content_type=kind)
+
+
+class _State:
+    """The state of one moment, as prometheus_client takes it."""
+
+    def __init__(self, state: Sequence[tuple[Family, Values]]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterable[Metric]:
+        from prometheus_client.core import Metric
+
+        for family, values in self._state:
+            metric = Metric(family.name, family.meaning, family.kind, family.unit)
+            for found, value in values.items():
+                labels = dict(zip(family.labels, found, strict=True))
+                if isinstance(value, tuple):
+                    _add_histogram(metric, labels, family.buckets, value)
+                else:
+                    metric.add_sample(family.sample, labels, float(value))
+            yield metric
+
+
+def _add_histogram(metric: Metric, labels: dict[str, str], bounds: Sequence[float], counts: Sequence[float]) -> None:
+    below = 0.0
+    for bound, count in zip((*map(str, bounds), "+Inf"), counts[:-1], strict=True):
+        below += count
+        metric.add_sample(f"{metric.name}_bucket", {**labels, "le": bound}, below)
+    metric.add_sample(f"{metric.name}_count", labels, below)
+    metric.add_sample(f"{metric.name}_sum", labels, counts[-1])
