@@ -45,12 +45,16 @@ CLASS = {
 
 
 class Node:
-    """A node: its directories, the Kubernetes API with the chart's rights, and Vault; used as a context manager."""
+    """A node: its directories, the Kubernetes API with the chart's rights, and Vault; used as a context manager.
 
-    def __init__(self, home: Path, **values: Any) -> None:
+    `values` are the chart's. Vault has the role and the secret of CLASS, unless it is not `prepared`.
+    """
+
+    def __init__(self, home: Path, *, prepared: bool = True, **values: Any) -> None:
         self.home = home
         self.kube = KubeApi()
         self.bao = OpenBao(audit=True)
+        self._prepared = prepared
         self._values = values
         self._parts = ExitStack()
 
@@ -60,14 +64,16 @@ class Node:
             self._root = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="node-")))
             parts.enter_context(self.kube)
             parts.enter_context(self.bao)
-            self._set_up()
+            if self._prepared:
+                self._prepare_vault()
+            self._render()
             self._parts = parts.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._parts.close()
 
-    def _set_up(self) -> None:
+    def _prepare_vault(self) -> None:
         self.bao.mount_kv("shop")
         self.bao.write_kv("shop/data/app", {"key": "key-1"})
         self.bao.enable_kubernetes_auth("kubernetes", self.kube)
@@ -81,6 +87,8 @@ class Node:
             token_policies=["app"],
             token_ttl="1h",
         )
+
+    def _render(self) -> None:
         namespace, name = self.kube.provider
         self._kubeconfig = self.kube.write_kubeconfig(self.home / "kubeconfig")
         values = {"vaultAddress": self.bao.address, "extraArgs": [f"-kubeconfig={self._kubeconfig}"], **self._values}
