@@ -40,8 +40,9 @@ from provider.vault import (
     connections,
     transport,
 )
-from provider.vault.transport import NotSent
+from provider.vault.failures import NotSent
 from provider.vault.turns import Turns
+from provider.vault.watch import Asker, Watch
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
 from tests.stand.openbao import OpenBao
@@ -300,7 +301,7 @@ class TestConnections:
             answer = await read(vault, "auth/token/lookup-self", Sensitive(bao.root_token))
             assert answer.response["data"]["path"] == "auth/token/root"
         missing = servers.get(at(f"unix://{tmp_path}/none.sock"))
-        with pytest.raises(NotSent, match=r"none.sock is unreachable"):
+        with pytest.raises(VaultUnavailable, match=r"none.sock is unreachable"):
             await read(missing)
 
     async def test_unreachable_server(self, servers: VaultServers) -> None:
@@ -729,9 +730,14 @@ class TestStrangeAnswers:
         faulty.on("auth/kubernetes/login", token("canary"))
         request = with_body("GET", "x", {"pin": "canary"})
         bare = transport.Transport(
-            vault.server, clock=SystemClock(), proxy="", large_bodies=Turns(1), telemetry=Telemetry()
+            vault.server,
+            clock=SystemClock(),
+            proxy="",
+            large_bodies=Turns(1),
+            watch=Watch(vault.server, clock=SystemClock(), telemetry=Telemetry()),
+            telemetry=Telemetry(),
         )
-        raw = await bare.send("GET", "/v1/x", {}, None, mount="x/")
+        raw = await bare.send("GET", "/v1/x", {}, None, mount="x/", asker=Asker())
         await bare.close()
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         answer = await read(vault, request)

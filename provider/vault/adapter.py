@@ -11,7 +11,7 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
@@ -20,7 +20,9 @@ from hvac.adapters import Adapter
 from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import MASK, Sensitive, one_line
-from provider.vault.transport import Answer, NotSent, Transport
+from provider.vault.failures import NotSent
+from provider.vault.transport import Answer, Transport
+from provider.vault.watch import PATIENCE_SECONDS, Asker
 
 # docs/contract.md section 3: answers after which the same request may be sent again.
 RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 501, 502, 503, 504})
@@ -56,7 +58,8 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
     Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``. ``mount`` is the auth or
-    engine mount that is told of them, with a slash at its end.
+    engine mount that is told of them, with a slash at its end. Requests with ``of_mount``, the pod's token or JWT, are
+    part of a mount, which is known by that and by its deadline; see ``Asker``.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
-        owner: Hashable = None,
+        owner: Sensitive[str] | None = None,
+        of_mount: Sensitive[str] | None = None,
     ) -> None:
         # Adapter's own constructor would open a requests.Session, for which there is no use here.
         self._transport = transport
@@ -78,6 +82,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         self._resend = resend
         self._hidden = (*hidden, token) if token else tuple(hidden)
         self._owner = owner
+        self._of_mount = hash((of_mount, deadline)) if of_mount is not None else None
 
     def get_login_token(self, response: Any) -> str:
         """Never asked for: each login here says ``use_token=False``."""
@@ -104,12 +109,12 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         body = kwargs.get("data")
         if body is None and kwargs.get("json") is not None:
             body = json.dumps(kwargs["json"]).encode()
+        patient = asyncio.get_running_loop().time() + PATIENCE_SECONDS if self._of_mount is not None else -math.inf
+        asker = Asker(self._owner, self._of_mount, patient)
         for tries in range(1, MAX_TRIES + 1):
             wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
             try:
-                answer = await self._transport.send(
-                    method.upper(), url, sent, body, mount=self._mount, owner=self._owner
-                )
+                answer = await self._transport.send(method.upper(), url, sent, body, mount=self._mount, asker=asker)
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:

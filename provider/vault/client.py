@@ -7,7 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 from weakref import WeakValueDictionary
@@ -31,6 +31,7 @@ from provider.telemetry.events import Telemetry
 from provider.vault.adapter import Refusal, VaultAdapter
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
+from provider.vault.watch import Watch
 
 # What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.
 _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
@@ -113,6 +114,7 @@ class Vault:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.server = transport.server
+        self.watch = transport.watch
 
     async def login(self, login: Login, jwt: Sensitive[str], deadline: float) -> Auth:
         """Log in by the kubernetes or the jwt method, which take the same request (docs/contract.md section 3).
@@ -121,7 +123,7 @@ class Vault:
             LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,))
+        adapter = self._adapter(None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=jwt)
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
@@ -164,6 +166,7 @@ class Vault:
             resend=False,
             hidden=_values(request.body),
             owner=token,
+            of_mount=token,
         )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
         if request.query:
@@ -270,8 +273,11 @@ class Vault:
         mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
+        of_mount: Sensitive[str] | None = None,
     ) -> VaultAdapter:
-        return VaultAdapter(self._transport, token, deadline, mount=mount, resend=resend, hidden=hidden)
+        return VaultAdapter(
+            self._transport, token, deadline, mount=mount, resend=resend, hidden=hidden, of_mount=of_mount
+        )
 
 
 class VaultServers:
@@ -294,6 +300,7 @@ class VaultServers:
         self._proxy = proxy
         self._max_connections = max_connections
         self._large_bodies = Turns(LARGE_BODIES)
+        self._watches: WeakValueDictionary[VaultServer, Watch] = WeakValueDictionary()
         self._recent: OrderedDict[VaultServer, Vault] = OrderedDict()
         self._held: WeakValueDictionary[VaultServer, Vault] = WeakValueDictionary()
         self._closing: set[asyncio.Task[None]] = set()
@@ -307,6 +314,7 @@ class VaultServers:
                 clock=self._clock,
                 proxy=self._proxy,
                 large_bodies=self._large_bodies,
+                watch=self._watch(server),
                 max_connections=self._max_connections,
                 telemetry=self._telemetry,
             )
@@ -315,15 +323,34 @@ class VaultServers:
         self._recent.move_to_end(server)
         if len(self._recent) > MAX_POOLS:
             _, idle = self._recent.popitem(last=False)
-            closing = asyncio.get_running_loop().create_task(idle.close())
+            closing = asyncio.get_running_loop().create_task(self._let_go(idle))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         return vault
 
     async def close(self) -> None:
         """Close every connection."""
+        await asyncio.gather(*(watch.close() for watch in self._watches.values()))  # first: looks open connections
         await asyncio.gather(*self._closing, *(vault.close() for vault in self._held.values()))
         self._recent.clear()
+
+    def _watch(self, server: VaultServer) -> Watch:
+        """The watch over the Vault that ``server`` is a namespace of.
+
+        By how its TLS is verified too: who asks with a certificate that Vault refuses, or trusts another authority, may
+        find nobody there while others do.
+        """
+        vault = replace(server, namespace="")
+        watch = self._watches.get(vault)
+        if watch is None:
+            watch = self._watches[vault] = Watch(vault, clock=self._clock, telemetry=self._telemetry)
+        return watch
+
+    async def _let_go(self, idle: Vault) -> None:
+        """Close what has not been used for longest; nobody looks any more at a Vault that only a class made up."""
+        if not any(vault.watch is idle.watch for vault in self._recent.values()):
+            await idle.watch.close()
+        await idle.close()
 
 
 def mount_of(path: str) -> str:

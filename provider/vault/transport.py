@@ -6,10 +6,11 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import ssl
 import time
 import urllib.request
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -25,8 +26,10 @@ from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
 from provider.telemetry.events import Telemetry, VaultRequest
 from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, bound
+from provider.vault.failures import NotSent
 from provider.vault.tls import Fingerprint, fingerprint, make_context
-from provider.vault.turns import Turns
+from provider.vault.turns import Dismissed, Turns
+from provider.vault.watch import Asker, Watch
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +56,10 @@ MAX_JSON_MARKS: Final = 300_000
 _JSON_MARKS: Final = b",[{:"
 
 _PROXY_ADVICE: Final = "check VAULT_PROXY_ADDR, HTTPS_PROXY and NO_PROXY in the provider's environment"
+# Tells without a token whether a Vault is there; other statuses below 500 are those of standbys.
+# Source: https://openbao.org/api-docs/system/health/
+HEALTH: Final = "/v1/sys/health?standbyok=true&perfstandbyok=true"
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-class NotSent(VaultUnavailable):
-    """No connection came about, so Vault has not seen the request: it may be sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,18 @@ class Transport:
         clock: Clock,
         proxy: str,
         large_bodies: Turns,
+        watch: Watch,
         max_connections: int = MAX_CONNECTIONS,
         telemetry: Telemetry,
     ) -> None:
         self.server = server
         self.clock = clock
+        self.watch = watch
         self._telemetry = telemetry
         self._max_connections = max_connections
         self._large_bodies = large_bodies
         self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
+        watch.queues.add(self._turns)
         parts = urlsplit(server.address)
         self._socket_path = parts.path if parts.scheme == "unix" else ""
         self._base = "http://localhost" if self._socket_path else server.address
@@ -112,46 +117,84 @@ class Transport:
         body: bytes | None,
         *,
         mount: str,
-        owner: Hashable = None,
+        asker: Asker,
     ) -> Answer:
         """Send one request, once, and read its answer.
 
         ``path`` begins with a slash and is percent-encoded, query included. ``mount`` is what is told of it. Requests
-        with an ``owner`` take turns, owner by owner, at all connections but RESERVED_CONNECTIONS; one without never
-        waits for them.
+        of an ``asker`` with an owner take turns, owner by owner, at all connections but RESERVED_CONNECTIONS; one
+        without never waits for them.
 
         Raises:
+            VaultUnreachable: Vault is known to be away; nothing was sent.
             NotSent: no connection came about.
             AnswerLost: the request went out, the answer did not come, or not whole.
             VaultUnavailable: TLS failed, or the answer is too large.
         """
-        if owner is None:
+        await self.watch.admit(asker)
+        if asker.owner is None:
             return await self._send(method, path, headers, body, mount)
-        await self._turns.take(owner)
+        while True:
+            try:
+                await self._turns.take(asker.owner)
+            except Dismissed:
+                await self.watch.admit(asker)
+            else:
+                break
         try:
             return await self._send(method, path, headers, body, mount)
         finally:
-            self._turns.give(owner)
+            self._turns.give(asker.owner)
+
+    async def look(self) -> tuple[str, str]:
+        """See whether Vault is there, over a connection of its own, since kept ones may lead nowhere by now.
+
+        Returns:
+            What is wrong with it and what to do about that; empty for nothing.
+
+        Raises what ``send`` raises, but for VaultUnreachable.
+        """
+        pool = await self._current_pool()
+        began, status = time.monotonic(), 0
+        session = self._open_session(pool.context)
+        try:
+            answer = await self._exchange(session, "GET", HEALTH, {}, None)
+            status = answer.status
+        finally:
+            self._telemetry.record(VaultRequest(self.server, "GET", "sys/", status, time.monotonic() - began))
+            await session.close()
+        return _trouble(answer)
 
     async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, mount: str) -> Answer:
+        pool = await self._current_pool()
+        if self.server.namespace:
+            headers = {"X-Vault-Namespace": self.server.namespace, **headers}
         began, status = time.monotonic(), 0
+        failure: VaultUnavailable | None = None
+        pool.in_flight += 1
+        flight = self.watch.began(self.look)
         try:
-            answer = await self._exchange(method, path, headers, body)
+            answer = await self._exchange(pool.session, method, path, headers, body)
             status = answer.status
             return answer
+        except VaultUnavailable as error:
+            failure = error
+            raise
         finally:
             self._telemetry.record(VaultRequest(self.server, method, mount, status, time.monotonic() - began))
+            self.watch.ended(flight, status, failure)
+            pool.in_flight -= 1
+            if pool.retired:
+                await _retire(pool)
 
-    async def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        pool = await self._current_pool()
+    async def _exchange(
+        self, session: aiohttp.ClientSession, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+    ) -> Answer:
         sent = {"User-Agent": f"vault-csi-provider/{__version__}", "X-Vault-Request": "true", **headers}
-        if self.server.namespace:
-            sent["X-Vault-Namespace"] = self.server.namespace
         if body is not None:
             sent["Content-Type"] = "application/json"
-        pool.in_flight += 1
         try:
-            async with pool.session.request(
+            async with session.request(
                 method,
                 URL(self._base + path, encoded=True),
                 headers=sent,
@@ -162,10 +205,6 @@ class Transport:
                 return Answer(response.status, response.headers, await self._body(response))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             failure = _failure(error, self.server.address)
-        finally:
-            pool.in_flight -= 1
-            if pool.retired:
-                await _retire(pool)
         # Outside the handler, so without a cause: aiohttp's errors show in their repr the headers that were sent, the
         # token among them, and the proxy's password.
         raise failure
@@ -206,7 +245,7 @@ class Transport:
                 return self._pool
             self._checked_at = self.clock.now()
             if not self._secure:
-                self._pool = self._pool or _Pool(self._open_session(None))
+                self._pool = self._pool or _Pool(self._open_session(None), None)
                 return self._pool
             marks = await asyncio.to_thread(fingerprint, self.server.tls)
             if self._pool is not None and marks == self._marks:
@@ -220,7 +259,7 @@ class Transport:
                 # A file that is being replaced may be half there: what worked goes on working.
                 _log.warning("TLS files for %s changed and cannot be used yet: %s", self.server.address, error.what)
                 return self._pool
-            old, self._pool, self._marks = self._pool, _Pool(self._open_session(context)), marks
+            old, self._pool, self._marks = self._pool, _Pool(self._open_session(context), context), marks
             if old is not None:
                 _log.info("TLS files for %s changed on disk; new connections use them", self.server.address)
                 await _retire(old)
@@ -262,8 +301,23 @@ class Transport:
 @dataclass(slots=True)
 class _Pool:
     session: aiohttp.ClientSession
+    context: ssl.SSLContext | None
     in_flight: int = 0
     retired: bool = False
+
+
+def _trouble(answer: Answer) -> tuple[str, str]:
+    """What an answer of sys/health says is wrong, and what to do; one that is not Vault's comes from what hides it."""
+    if answer.status < 500:
+        return "", ""
+    if answer.body and answer.body.get("sealed") is True and answer.body.get("initialized") is True:
+        return "it is sealed", "unseal it; kubelet tries again by itself"
+    if answer.body and answer.body.get("initialized") is False:
+        return "it is not initialized", "initialize it; kubelet tries again by itself"
+    return (
+        f"it or what is in front of it answers {answer.status}",
+        "check Vault and any load balancer in front of it; kubelet tries again by itself",
+    )
 
 
 async def _retire(pool: _Pool) -> None:
@@ -335,6 +389,8 @@ def _failure(error: BaseException, where: str) -> VaultUnavailable:
 
 def _reason(error: BaseException) -> str:
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    if isinstance(cause, ConnectionError) and cause.errno:
+        return os.strerror(cause.errno)  # event loops word it each in their own way
     return one_line(
         getattr(cause, "verify_message", "") or getattr(cause, "strerror", None) or str(cause) or type(cause).__name__,
         200,

@@ -12,6 +12,10 @@ from typing import Final
 SHARE: Final = 7
 
 
+class Dismissed(Exception):
+    """Who waited for a turn is to ask again whether there is one to wait for."""
+
+
 class Turns:
     """``places`` at which as many may be at one time; who must wait is let in owner by owner.
 
@@ -32,7 +36,7 @@ class Turns:
     async def take(self, owner: Hashable) -> None:
         """Hold a place, at once or when it is ``owner``'s turn; whoever took one must ``give`` it back.
 
-        Cancelled while it waits, it holds none.
+        Cancelled while it waits, it holds none. Raises Dismissed, holding none either.
         """
         if self._may(owner):
             self._enter(owner)
@@ -56,6 +60,14 @@ class Turns:
             del self._held[owner]
         while self.free and self._let_in():
             pass
+
+    def dismiss(self) -> None:
+        """Have all who wait go."""
+        waiting, self._waiting = self._waiting, {}
+        for queue in waiting.values():
+            for turn in queue:
+                if not turn.done():
+                    turn.set_exception(Dismissed())
 
     def _may(self, owner: Hashable) -> bool:
         held = self._held.get(owner, 0)
