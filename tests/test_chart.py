@@ -406,6 +406,7 @@ def test_every_value_says_what_it_is_for() -> None:
         ({"vaultCA": {"configMap": "a", "secret": "b"}}, "not both"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
         ({"monitors": {"podMonitor": {"enabled": True}}, "metrics": {"enabled": False}}, "nothing to scrape"),
+        ({"monitors": {"prometheusRule": {"enabled": True}}, "metrics": {"enabled": False}}, "nothing to alert on"),
         ({"hostNetwork": True, "daemonSet": {"updateStrategy": {"maxSurge": 1}}}, "has to be 0"),
         ({"daemonSet": {"updateStrategy": {"maxSurge": 1, "maxUnavailable": 1}}}, "one has to be 0"),
         ({"daemonSet": {"updateStrategy": {"maxSurge": 0, "maxUnavailable": 0}}}, "one has to be 0"),
@@ -598,6 +599,16 @@ def test_without_metrics_nothing_is_let_in(tmp_path: Path) -> None:
     assert settings(manifests).metrics_addr == "off"
     assert policy(manifests)["ingress"] == []
     assert "annotations" not in daemonset(manifests)["spec"]["template"]["metadata"]
+
+
+def test_alerts_are_those_of_the_monitoring(tmp_path: Path) -> None:
+    """The chart's rule holds the very groups of deploy/monitoring, with Prometheus' templates as they are there."""
+    rules = (ROOT / "deploy" / "monitoring" / "rules.yaml").read_text()
+    copied = (CHART / "files" / "rules.yaml").read_text()
+    assert copied == rules, "cp deploy/monitoring/rules.yaml deploy/helm/vault-csi-provider/files/"
+    (rule,) = of_kind(template(tmp_path, MATRIX["monitors"]), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(rules)
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
 
 
 def test_kubelets_directory_changes_nothing(tmp_path: Path) -> None:
