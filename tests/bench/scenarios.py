@@ -203,9 +203,14 @@ def single(stand: BenchStand, daemon: Daemon, objects: int, round_trip: float, r
 
 @dataclass(frozen=True)
 class Boot:
-    """All pods of a node at once, before a daemon that has just started."""
+    """All pods of a node at once, before a daemon that has just started.
+
+    `bare_wall` and `bare_cpu` are what the same logins and reads take by `tests.bench.bare`.
+    """
 
     pods: int
+    bare_wall: Figure
+    bare_cpu: Figure
     wall: Figure
     cpu: Figure
     listening: Figure
@@ -228,8 +233,10 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
     """A node's boot, each with a daemon of its own."""
     stand.proxy.delay(round_trip)
     results: list[tuple[float, ...]] = []
+    bare: list[tuple[float, float]] = []
     passed = Passed({}, 0, 0)
     for _ in range(runs):
+        bare.append(stand.bare(pods, OBJECTS))
         lanes = boot_lanes(stand, pods)
         with stand.daemon() as daemon:
             time.sleep(0.5)  # what is done right after the start is not the boot's
@@ -241,7 +248,8 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
             expect(passed, "node boot", logins=pods, reads=pods * OBJECTS)
             results.append((wall(driven), cpu, daemon.started_in, idle, daemon.memory(), daemon.peak()))
     walls, cpus, starts, idles, afters, peaks = (figure(column) for column in zip(*results, strict=True))
-    return Boot(pods, walls, cpus, starts, idles, afters, peaks, count(passed), passed.most_open)
+    bare_wall, bare_cpu = (figure(column) for column in zip(*bare, strict=True))
+    return Boot(pods, bare_wall, bare_cpu, walls, cpus, starts, idles, afters, peaks, count(passed), passed.most_open)
 
 
 @dataclass(frozen=True)

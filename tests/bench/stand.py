@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -168,6 +169,26 @@ class BenchStand:
         # The first of each opened the connection, or warmed what comes after.
         return [seconds for seconds, _ in reads[1:]], [seconds for seconds, _ in logins[1:]]
 
+    def bare(self, pods: int, objects: int) -> tuple[float, float]:
+        """Seconds in all, and of CPU, that the logins and reads of a node's boot take without a provider."""
+        work: list[tuple[str, list[str]]] = []
+        for number in range(pods):
+            paths = [f"boot/{number}/{one}" for one in range(objects)]
+            for path in paths:
+                self.secret(path)
+            work.append((self.token(self.pod()), [f"bench/data/{path}" for path in paths]))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.bench.bare"],
+            input=json.dumps([self.proxy.address, work]),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        if done.returncode != 0:
+            raise StandError(f"the bare client failed:\n{done.stderr}")
+        seconds, cpu = json.loads(done.stdout)
+        return seconds, cpu
+
 
 class Daemon:
     """A running provider, looked at from the outside. `started_in` is the seconds from exec to the socket."""
@@ -184,6 +205,10 @@ class Daemon:
             f"--state-dir={directory / 'state'}",
             f"--node-name={NODE}",
             f"--health-addr=127.0.0.1:{free_port()}",
+            # An hour's mounts of a pod come within seconds here.
+            "--max-pod-mounts=0",
+            "--max-pod-objects=0",
+            "--max-pod-mib=0",
             *flags,
         ]
         # A developer's shell may speak of another Vault, or of a proxy.
