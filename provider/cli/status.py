@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -46,8 +47,9 @@ def run(query: StatusQuery) -> int:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
+    except BrokenPipeError:
+        # `| head` has seen enough; the interpreter would complain as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -87,7 +89,7 @@ def table(told: dict[str, Any]) -> Iterator[str]:
     """The lines for people. Raises NoStatus where ``told`` is not what a daemon says."""
     try:
         yield from _lines(told)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise NoStatus(f"the answer is not what {PROGRAM} says") from error
 
 
