@@ -12,8 +12,11 @@ from provider.errors import Code, ProviderError
 from provider.settings import MIB, Settings
 
 PERIOD: Final = 60.0
-"""Seconds in which what was spent has come back."""
+"""Seconds that a pod's share is for."""
 
+# The part of it that may be spent at once. All of it at once held up the node's other pods for a second and more; this
+# is as much as a class may have objects, and comes back in six seconds.
+AT_ONCE: Final = 0.1
 # Seconds of processor time that reading one pod's classes may take in a minute. A class of fifty objects takes some
 # milliseconds, and is then kept; a hostile one takes up to a second, and is another one each time.
 MAX_PARSING_SECONDS: Final = 3.0
@@ -41,9 +44,9 @@ class Spending(enum.Enum):
 class PodLimits:
     """The spending of pods, each within the same limits; a limit of 0 is none. For one thread.
 
-    A pod begins with all that it may spend in a minute, and it comes back evenly. It may go on while anything is left,
-    and what a mount costs is taken when it is known, into debt if need be: a limit slows any class down, and refuses
-    none for good.
+    A pod may spend AT_ONCE of a minute's share, and that comes back evenly. It may go on while anything is left, and
+    what a mount costs is taken when it is known, into debt if need be: a limit slows any class down, and refuses none
+    for good.
     """
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
@@ -61,8 +64,9 @@ class PodLimits:
         """Raise PodFloods where the pod of this UID has spent all of anything."""
         for spending, spent in self._of(pod).items():
             limit = self._limits[spending]
-            # Of mounts a whole one has to be left, since each costs one.
-            if spent >= limit or (spending is Spending.MOUNTS and spent > limit - 1):
+            at_once = AT_ONCE * limit
+            # Of mounts a whole one has to be left, since each costs one; the smallest limit still allows one at a time.
+            if (spent > max(0.0, at_once - 1)) if spending is Spending.MOUNTS else (spent >= at_once):
                 raise _refusal(spending, limit)
 
     def spend(self, pod: str, spending: Spending, amount: float) -> None:
@@ -97,7 +101,7 @@ def _refusal(spending: Spending, limit: float) -> PodFloods:
     shown = limit / MIB if spending is Spending.BYTES else limit
     flag = {Spending.MOUNTS: "mounts", Spending.OBJECTS: "objects", Spending.BYTES: "mib"}.get(spending)
     return PodFloods(
-        f"this pod has asked for more than {shown:g} {spending.value} in a minute",
+        f"this pod has asked for more than its share, which is {shown:g} {spending.value} in a minute",
         "mount less, or look why its volumes are mounted again and again"
         + (f"; the daemon's --max-pod-{flag}={2 * shown:g} would allow twice as much" if flag else ""),
     )

@@ -10,6 +10,10 @@ from typing import Final
 # Large, so that a class of fifty objects is still read at once; not larger, so that one whose reads all hang leaves
 # others more than a place or two.
 SHARE: Final = 7
+# Who has more than so many waiting gets no more than so many places at a time. A class of a hundred objects is still
+# read at once; one of a thousand, which keeps a core busy for a second at any speed, leaves most of it to others.
+BULK: Final = 64
+BULK_PLACES: Final = 2
 
 
 class Dismissed(Exception):
@@ -21,7 +25,8 @@ class Turns:
 
     An owner takes a place only while it holds at most SHARE times as many as then stay free, or if it holds none. So a
     single owner holds seven eighths at most; whoever comes while others never give back gets up to seven eighths of
-    what is left; and where owners are many, every place is used.
+    what is left; and where owners are many, every place is used. Whoever has more than BULK waiting is let in to
+    BULK_PLACES alone until they are fewer.
 
     For one event loop; it is not safe between threads.
     """
@@ -71,6 +76,8 @@ class Turns:
 
     def _may(self, owner: Hashable) -> bool:
         held = self._held.get(owner, 0)
+        if held >= BULK_PLACES and len(self._waiting.get(owner, ())) > BULK:
+            return False
         return self.free > 0 and (held == 0 or held + 1 <= SHARE * (self.free - 1))
 
     def _enter(self, owner: Hashable) -> None:
