@@ -17,6 +17,7 @@ from provider.server import Mounts
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
 from provider.spc import Parser
+from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Event, Telemetry
 from provider.telemetry.http import Page
 from provider.telemetry.lines import LineWriter
@@ -58,6 +59,7 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
             proxy=settings.vault_proxy_addr,
             max_connections=settings.max_connections,
             telemetry=telemetry,
+            allowed=AllowedAddresses(settings),
         )
         stack.push_async_callback(servers.close)
         kubernetes = Kubernetes(settings.kubeconfig)

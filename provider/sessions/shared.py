@@ -15,7 +15,7 @@ from provider.errors import VaultUnavailable
 from provider.redact import Sensitive
 from provider.spc import SecretRequest, VaultServer
 from provider.telemetry.events import ReadShared, Telemetry
-from provider.vault import Auth, EngineMount, Vault, VaultSecret
+from provider.vault import Auth, EngineMount, Vault, VaultSecret, VaultUnreachable
 
 # A mount that is disabled and enabled again as another engine is a rare event; this bounds how long it is missed.
 KNOWN_FOR_SECONDS: Final = 600.0
@@ -36,7 +36,7 @@ class SharedReads:
         self._enabled = enabled
         self._engines: dict[VaultServer, dict[str, tuple[EngineMount, float]]] = {}
         self._untold: dict[tuple[VaultServer, str], float] = {}
-        self._reads: dict[object, asyncio.Future[VaultSecret | None]] = {}
+        self._reads: dict[object, asyncio.Future[VaultSecret | VaultUnreachable | None]] = {}
         self._asking: dict[tuple[VaultServer, str], asyncio.Task[None]] = {}
 
     async def read(self, vault: Vault, request: SecretRequest, auth: Auth, deadline: float) -> VaultSecret:
@@ -44,7 +44,7 @@ class SharedReads:
 
         Raises what ``Vault.read`` raises.
         """
-        if not self._enabled or request.method != "GET" or request.body is not None or not auth.entity_id:
+        if request.method != "GET" or request.body is not None:
             return await vault.read(request, auth.token, deadline)
         engine = self._known(vault.server, request.path)
         if engine is None:
@@ -52,28 +52,39 @@ class SharedReads:
             if not auth.num_uses:  # it may be used up by now
                 self._learn(vault, request.path, auth.token)
             return secret
-        if engine.kind != "kv":
-            return await vault.read(request, auth.token, deadline)
+        # What kv answers it can be asked again, where asking costs no use of the token.
+        again = engine.kind == "kv" and not auth.num_uses
+
+        def read() -> Coroutine[Any, Any, VaultSecret]:
+            return vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
+
+        if not self._enabled or engine.kind != "kv" or not auth.entity_id:
+            return await read()
         key = (vault.server, auth.entity_id, auth.policies, request)
         leader = self._reads.get(key)
         if leader is None:
-            return await self._lead(key, vault.read(request, auth.token, deadline))
+            return await self._lead(key, read())
         shared = await asyncio.shield(leader)
+        if isinstance(shared, VaultUnreachable):
+            raise VaultUnreachable(shared.what, shared.advice)  # who waited for it has no time to wait once more
         if shared is None:
             # It failed, but under another pod's token, and within another mount's time.
-            return await vault.read(request, auth.token, deadline)
+            return await read()
         self._telemetry.record(ReadShared(vault.server))
         return shared
 
     async def _lead(self, key: object, reading: Coroutine[Any, Any, VaultSecret]) -> VaultSecret:
         """Read, and let whoever asks for the same meanwhile have the answer too."""
         future = self._reads[key] = asyncio.get_running_loop().create_future()
-        secret = None
+        result: VaultSecret | VaultUnreachable | None = None
         try:
-            secret = await reading
+            result = secret = await reading
+        except VaultUnreachable as error:
+            result = error
+            raise
         finally:
             del self._reads[key]
-            future.set_result(secret)
+            future.set_result(result)
         return secret
 
     async def engine(self, vault: Vault, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:

@@ -12,5 +12,15 @@ from provider.vault.client import (
     VaultSecret,
     VaultServers,
 )
+from provider.vault.failures import VaultUnreachable
 
-__all__ = ["Auth", "EngineMount", "LeaseGone", "RenewalRefused", "Vault", "VaultSecret", "VaultServers"]
+__all__ = [
+    "Auth",
+    "EngineMount",
+    "LeaseGone",
+    "RenewalRefused",
+    "Vault",
+    "VaultSecret",
+    "VaultServers",
+    "VaultUnreachable",
+]

@@ -11,9 +11,9 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from hvac.adapters import Adapter
 
@@ -21,6 +21,7 @@ from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import MASK, Sensitive, one_line
 from provider.vault.failures import NotSent
+from provider.vault.redirects import FOLLOWED, MAX_HOPS, NotFollowed
 from provider.vault.transport import Answer, Transport
 from provider.vault.watch import PATIENCE_SECONDS, Asker
 
@@ -42,6 +43,10 @@ MAX_SEARCHED: Final = 64 * 1024
 MIN_HIDDEN: Final = 6
 
 
+Redirect: TypeAlias = Callable[[Transport, str, str], Transport]
+"""The transport that a redirect leads to: from a transport, to a Location, of a path. Raises NotFollowed."""
+
+
 class Refusal(Exception):
     """An HTTP status from 400 to 499 by which Vault refused, as Vault worded it. It never leaves the vault room."""
 
@@ -54,6 +59,8 @@ class Refusal(Exception):
 
 class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     """One caller's view of a transport: its token, its deadline, and whether a lost answer may be asked for again.
+
+    ``redirect`` finds where a redirect leads.
 
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
@@ -73,6 +80,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         hidden: Collection[Sensitive[str]] = (),
         owner: Sensitive[str] | None = None,
         of_mount: Sensitive[str] | None = None,
+        redirect: Redirect,
     ) -> None:
         # Adapter's own constructor would open a requests.Session, for which there is no use here.
         self._transport = transport
@@ -82,6 +90,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         self._resend = resend
         self._hidden = (*hidden, token) if token else tuple(hidden)
         self._owner = owner
+        self._redirect = redirect
         self._of_mount = hash((of_mount, deadline)) if of_mount is not None else None
 
     def get_login_token(self, response: Any) -> str:
@@ -114,7 +123,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         for tries in range(1, MAX_TRIES + 1):
             wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
             try:
-                answer = await self._transport.send(method.upper(), url, sent, body, mount=self._mount, asker=asker)
+                answer = await self._send(method.upper(), url, sent, body, asker)
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:
@@ -133,19 +142,39 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
+    async def _send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, asker: Asker
+    ) -> Answer:
+        """Send it once, and on to where redirects lead that may be followed."""
+        transport = self._transport
+        hops = 0
+        while True:
+            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker)
+            if answer.status not in FOLLOWED:
+                return answer
+            if hops == MAX_HOPS:
+                raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
+            hops += 1
+            try:
+                transport = self._redirect(transport, answer.headers.get("Location", ""), url)
+            except NotFollowed as refused:
+                raise self._redirected(answer, str(refused)) from None
+
+    def _redirected(self, answer: Answer, advice: str) -> VaultUnavailable:
+        target = self._quoted(answer.headers.get("Location", "elsewhere"), 200)
+        return VaultUnavailable(
+            f"Vault at {answer.address} redirects ({answer.status}) to {target}, where the token is not sent",
+            self._quoted(advice, 400),
+        )
+
     def _accept(self, answer: Answer) -> dict[str, Any]:
         if answer.body is None and answer.status != 204:
             raise self._not_vault(answer)
         return answer.body or {}
 
     def _refusal(self, answer: Answer) -> Refusal | VaultUnavailable:
-        where = self._transport.server.address
         if answer.status < 400:
-            target = self._quoted(answer.headers.get("Location", "elsewhere"), 200)
-            return VaultUnavailable(
-                f"Vault at {where} redirects ({answer.status}) to {target}, where the token is not sent",
-                "set vaultAddress to the active node or to a load balancer that finds it",
-            )
+            return self._redirected(answer, "set vaultAddress to the active node or to a load balancer that finds it")
         if answer.status >= 500 or answer.status in _TIMING_STATUSES:
             return self._unavailable(answer)
         if answer.body is None:
@@ -155,7 +184,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         return Refusal(answer.status, self._words(body), data if isinstance(data, dict) else None)
 
     def _unavailable(self, answer: Answer) -> VaultUnavailable:
-        where = self._transport.server.address
+        where = answer.address
         words = self._words(answer.body or {})
         said = f' ("{words}")' if words else ""
         if answer.status == 503 and "sealed" in words:
@@ -173,7 +202,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     def _not_vault(self, answer: Answer) -> VaultUnavailable:
         kind = self._quoted(answer.headers.get("Content-Type", "no content type"), 80)
         return VaultUnavailable(
-            f"what answers at {self._transport.server.address} ({answer.status}, {kind}) is not Vault's API",
+            f"what answers at {answer.address} ({answer.status}, {kind}) is not Vault's API",
             "check vaultAddress and any load balancer in front of it",
         )
 

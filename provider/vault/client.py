@@ -25,10 +25,12 @@ from provider.errors import (
     VaultUnavailable,
 )
 from provider.redact import Sensitive
-from provider.settings import MAX_CONNECTIONS, MAX_POOLS
+from provider.settings import MAX_CONNECTIONS, MAX_POOLS, Settings
 from provider.spc import Login, SecretRequest, VaultServer
+from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Telemetry
-from provider.vault.adapter import Refusal, VaultAdapter
+from provider.vault.adapter import Redirect, Refusal, VaultAdapter
+from provider.vault.redirects import followed
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
 from provider.vault.watch import Watch
@@ -111,8 +113,9 @@ class RenewalRefused(ProviderError):
 class Vault:
     """One Vault server, in one namespace. ``deadline`` is everywhere in the event loop's time, in seconds."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, redirect: Redirect) -> None:
+        self.transport = transport
+        self._redirect = redirect
         self.server = transport.server
         self.watch = transport.watch
 
@@ -145,9 +148,11 @@ class Vault:
         )
 
     async def read(
-        self, request: SecretRequest, token: Sensitive[str], deadline: float, *, mount: str = ""
+        self, request: SecretRequest, token: Sensitive[str], deadline: float, *, mount: str = "", resend: bool = False
     ) -> VaultSecret:
         """Send a class's request and return the answer. ``mount`` is its engine's path, where that is known.
+
+        ``resend`` says that it is known to issue nothing, so that it may be sent again where its answer was lost.
 
         Reads under one token are one owner's, and take turns with those of others (``Transport.send``): each session
         has a token of its own.
@@ -159,14 +164,15 @@ class Vault:
             VaultUnavailable: no answer, or none of Vault's.
         """
         adapter = VaultAdapter(
-            self._transport,
+            self.transport,
             token,
             deadline,
             mount=mount or mount_of(request.path),
-            resend=False,
+            resend=resend,
             hidden=_values(request.body),
             owner=token,
             of_mount=token,
+            redirect=self._redirect,
         )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
         if request.query:
@@ -263,7 +269,7 @@ class Vault:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._transport.close()
+        await self.transport.close()
 
     def _adapter(
         self,
@@ -276,7 +282,14 @@ class Vault:
         of_mount: Sensitive[str] | None = None,
     ) -> VaultAdapter:
         return VaultAdapter(
-            self._transport, token, deadline, mount=mount, resend=resend, hidden=hidden, of_mount=of_mount
+            self.transport,
+            token,
+            deadline,
+            mount=mount,
+            resend=resend,
+            hidden=hidden,
+            of_mount=of_mount,
+            redirect=self._redirect,
         )
 
 
@@ -284,7 +297,7 @@ class VaultServers:
     """The Vaults in use: one client for each *where*.
 
     Past MAX_POOLS the least recently used lets its connections go; while anybody holds it, it is the one that ``get``
-    gives, and opens new ones when it is asked again.
+    gives, and opens new ones when it is asked again. ``allowed`` are the addresses that a redirect may lead to.
     """
 
     def __init__(
@@ -294,8 +307,10 @@ class VaultServers:
         proxy: str = "",
         max_connections: int = MAX_CONNECTIONS,
         telemetry: Telemetry | None = None,
+        allowed: AllowedAddresses | None = None,
     ) -> None:
         self._clock = clock
+        self._allowed = allowed or AllowedAddresses(Settings())
         self._telemetry = telemetry or Telemetry()
         self._proxy = proxy
         self._max_connections = max_connections
@@ -318,7 +333,7 @@ class VaultServers:
                 max_connections=self._max_connections,
                 telemetry=self._telemetry,
             )
-            vault = self._held[server] = Vault(transport)
+            vault = self._held[server] = Vault(transport, self._redirect)
         self._recent[server] = vault
         self._recent.move_to_end(server)
         if len(self._recent) > MAX_POOLS:
@@ -333,6 +348,11 @@ class VaultServers:
         await asyncio.gather(*(watch.close() for watch in self._watches.values()))  # first: looks open connections
         await asyncio.gather(*self._closing, *(vault.close() for vault in self._held.values()))
         self._recent.clear()
+
+    def _redirect(self, transport: Transport, location: str, path: str) -> Transport:
+        """The transport that a redirect leads to: the same namespace and TLS settings elsewhere. Raises NotFollowed."""
+        server = transport.server
+        return self.get(replace(server, address=followed(location, server.address, path, self._allowed))).transport
 
     def _watch(self, server: VaultServer) -> Watch:
         """The watch over the Vault that ``server`` is a namespace of.

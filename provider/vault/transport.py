@@ -64,8 +64,9 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server answered. ``body`` is the JSON object, or None where there was no JSON object."""
+    """What the server at ``address`` answered. ``body`` is the JSON object, or None where there was no JSON object."""
 
+    address: str
     status: int
     headers: Mapping[str, str]
     body: dict[str, Any] | None = field(repr=False)
@@ -202,7 +203,7 @@ class Transport:
                 allow_redirects=False,
                 server_hostname=self.server.tls.server_name or None if self._secure else None,
             ) as response:
-                return Answer(response.status, response.headers, await self._body(response))
+                return Answer(self.server.address, response.status, response.headers, await self._body(response))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             failure = _failure(error, self.server.address)
         # Outside the handler, so without a cause: aiohttp's errors show in their repr the headers that were sent, the
