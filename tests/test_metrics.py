@@ -143,6 +143,10 @@ COUNTED: list[tuple[Event, dict[tuple[str, ...], float]]] = [
         Revocation(WHO, "a", Revoking.REFUSED, "pod gone", "", 0.1),
         {("vault_csi_revocations_total", "refused"): 1},
     ),
+    (
+        Revocation(WHO, "", Revoking.REFUSED, "pod gone", "", 0.1),
+        {("vault_csi_revocations_total", "batch"): 1},
+    ),
     (ReadShared(SERVER), {("vault_csi_shared_reads_total",): 1}),
     (Swept("", 3), {("vault_csi_sweeps_total", "done"): 1, ("vault_csi_pods_gone_total",): 3}),
     (Swept("cut short", 0), {("vault_csi_sweeps_total", "failed"): 1}),

@@ -180,7 +180,8 @@ REVOCATIONS: Final = Family(
     "vault_csi_revocations",
     "counter",
     ("outcome",),
-    "Revocations of tokens: revoked, refused (left to expire), or unanswered and tried again.",
+    "Revocations of tokens: revoked, batch (a batch token, which none can revoke), refused (left to expire), or "
+    "unanswered and tried again.",
 )
 SWEEPS: Final = Family(
     "vault_csi_sweeps",
@@ -261,6 +262,7 @@ FAMILIES: Final = (
 Labels: TypeAlias = tuple[str, ...]
 Values: TypeAlias = dict[Labels, float] | dict[Labels, tuple[float, ...]]
 """By label values: a number; of a histogram how many fell into each bucket and beyond the last, and the sum."""
+BATCH: Final = "batch"
 _OUTCOMES: Final = ("success", "denied", "no_token", "unanswered", "failed")
 
 
@@ -348,7 +350,7 @@ class Metrics:
         self.logins = Counter(LOGINS, [(login, outcome) for outcome in _OUTCOMES])
         self.issued = Counter(ISSUED, [(Kind.LEASED.value,), (Kind.ISSUED.value,)])
         self.renewals = Counter(RENEWALS, [(what, each.value) for what in ("token", "lease") for each in Renewing])
-        self.revocations = Counter(REVOCATIONS, [(each.value,) for each in Revoking])
+        self.revocations = Counter(REVOCATIONS, [(BATCH,), *((each.value,) for each in Revoking)])
         self.sweeps = Counter(SWEEPS, [("done",), ("failed",)])
         self.gone = Counter(GONE)
         self.kills = Counter(KILLS, [(limit,) for limit in LIMITS])
@@ -366,7 +368,7 @@ class Metrics:
             LoggedIn: self._logged_in,
             Issued: lambda event: self.issued.add(event.kind.value),
             Renewal: lambda event: self.renewals.add("lease" if event.lease_id else "token", event.outcome.value),
-            Revocation: lambda event: self.revocations.add(event.outcome.value),
+            Revocation: self._revoked,
             ReadShared: lambda _: self.shared.add(),
             Swept: self._swept,
             ProgramEnded: lambda event: self.kills.add(event.limit if event.limit in LIMITS else OTHER),
@@ -437,6 +439,11 @@ class Metrics:
         if path is None:
             path = self._path(mount, 200 if event.error is None else 0)
         self.logins.add(path, outcome)
+
+    def _revoked(self, event: Revocation) -> None:
+        # docs/contract.md section 3: batch tokens alone have no accessor, and to be refused is how it is with them.
+        batch = event.outcome is Revoking.REFUSED and not event.accessor
+        self.revocations.add(BATCH if batch else event.outcome.value)
 
     def _swept(self, event: Swept) -> None:
         self.sweeps.add("failed" if event.error else "done")
