@@ -18,6 +18,7 @@ RUN python -m venv --without-pip /opt/build \
     && pip --python /opt/vault-csi-provider/bin/python install \
         --no-compile --only-binary :all: --require-hashes -r requirements/runtime.txt
 COPY pyproject.toml README.md LICENSE ./
+COPY requirements/vault-csi-provider.cdx.json requirements/
 COPY provider/ provider/
 # Bytecode is made here: the container's root is read-only, and compiling at each start would take longer than
 # the start. Unchecked, since the sources change no more, and a tool that rewrites file times would make it stale.

@@ -5,11 +5,13 @@
 #   make test    everything that has to hold before a change lands
 #   make bench   measure it, and write docs/benchmarks.md; QUICK=1 in a minute or two, docs/ left as it is
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
-#   make check   the linters and the type checker alone
+#   make check   the linters, the type checker and what can be known of the locks offline
+#   make audit   ask, on the network, for new advisories and yanked versions of what is locked
+#   make dist    the wheel and its bill of materials, with checksums, in dist/
 #   make tools   fetch kubectl, helm and promtool into .cache/tools, checksummed; the tests do it by themselves
 #   make stubs   generate provider/v1alpha1 from protos
 #   make schemas generate the JSON Schemas of a class from the parser's tables
-#   make lock    bring requirements/ in line with pyproject.toml
+#   make lock    bring requirements/ in line with pyproject.toml, and what is told of it: make bills
 #   make upgrade the same, to the newest versions that it allows
 #   make clean   remove everything that make made
 
@@ -25,7 +27,7 @@ T ?=
 WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench unit check coverage tools stubs schemas lock upgrade clean
+.PHONY: help demo test bench unit check audit dist coverage tools stubs schemas lock bills upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +52,10 @@ check: $(READY)
 	@$(BIN)/mypy --strict
 	@echo "== import-linter: the rooms of provider/"
 	@$(BIN)/lint-imports --no-logo
+	@echo "== locks: pinned, hashed, and without a fault that requirements/advisories.toml knows"
+	@$(BIN)/python -m requirements.audit
+	@echo "== zizmor: the workflows of .github/"
+	@$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
 # These four rooms are pure, so every branch of them can be reached.
 PURE := provider/spc/*,provider/versions*,provider/errors*,provider/redact*
@@ -104,6 +110,24 @@ lock upgrade: | $(READY)
 	@$(BIN)/python -c '$(BUILD_REQUIRES)' | \
 		$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt -
 	@echo "requirements/ is locked."
+	@$(MAKE) --no-print-directory bills
+
+# Of what is installed, so that comes first.
+bills: $(READY)
+	@$(BIN)/python -m requirements.licences
+	@$(BIN)/python -m requirements.sbom
+	@echo "docs/licences.md and the bill of materials are those of the locks."
+
+audit: $(READY)
+	@$(BIN)/python -m requirements.audit --online
+	@echo "No advisory and no yanked version."
+
+# The wheel has its bill inside, too; beside it, it can be looked at, and signed, without it.
+dist: $(READY)
+	@rm -rf dist
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	@cp requirements/vault-csi-provider.cdx.json dist/
+	@cd dist && sha256sum *.whl *.json > SHA256SUMS && cat SHA256SUMS
 
 # Stamped, so that a second make is instant; built anew when a lock or the metadata changes.
 $(READY): requirements/dev.txt pyproject.toml
@@ -119,4 +143,4 @@ $(READY): requirements/dev.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) .cache build dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find provider tests protos -name __pycache__ -type d -prune -exec rm -rf {} +
+	find provider tests protos requirements -name __pycache__ -type d -prune -exec rm -rf {} +

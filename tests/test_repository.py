@@ -109,7 +109,7 @@ def test_imports_are_declared(folder: str, lock: str) -> None:
             if isinstance(node, ast.ImportFrom)
             else []
         )
-    } - {*sys.stdlib_module_names, "provider", "tests"}
+    } - {*sys.stdlib_module_names, "provider", "requirements", "tests"}
     declared_names = {canonicalize_name(requirement.name) for requirement in declared(lock)}
     homes = packages_distributions()
     strays = {
