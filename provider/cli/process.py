@@ -1,6 +1,6 @@
 """What keeps the daemon's memory from everybody else on its node: no core dumps, no look from outside.
 
-Nothing is locked into memory: that takes a capability which the manifests drop (docs/supply-chain.md).
+Why this much and no more, and why nothing is locked into memory: docs/decisions/process-memory.md.
 """
 
 from __future__ import annotations
