@@ -60,14 +60,19 @@ class PodLimits:
         # What is spent and has not come back, and since when; the pod that was seen last is at the end.
         self._spent: OrderedDict[str, tuple[float, dict[Spending, float]]] = OrderedDict()
 
-    def check(self, pod: str) -> None:
-        """Raise PodFloods where the pod of this UID has spent all of anything."""
-        for spending, spent in self._of(pod).items():
-            limit = self._limits[spending]
-            at_once = AT_ONCE * limit
-            # Of mounts a whole one has to be left, since each costs one; the smallest limit still allows one at a time.
-            if (spent > max(0.0, at_once - 1)) if spending is Spending.MOUNTS else (spent >= at_once):
-                raise _refusal(spending, limit)
+    def begin(self, pod: str) -> None:
+        """Count a mount of the pod of this UID. Raises PodFloods where it has spent all of anything."""
+        for spending in Spending:
+            self.check(pod, spending)
+        self.spend(pod, Spending.MOUNTS, 1)
+
+    def check(self, pod: str, spending: Spending) -> None:
+        """Raise PodFloods where the pod has nothing left of this."""
+        limit, spent = self._limits[spending], self._of(pod).get(spending, 0.0)
+        at_once = AT_ONCE * limit
+        # Of mounts a whole one has to be left, since each costs one; the smallest limit still allows one at a time.
+        if (spent > max(0.0, at_once - 1)) if spending is Spending.MOUNTS else (limit and spent >= at_once):
+            raise _refusal(spending, limit)
 
     def spend(self, pod: str, spending: Spending, amount: float) -> None:
         """Take ``amount`` from what the pod has left, whether or not it has so much."""

@@ -176,8 +176,7 @@ class Service:
         """What the request asks for, if the pod may still ask. Raises PodFloods and InvalidClass."""
         await self._reading.take(pod)
         try:
-            self._limits.check(pod)
-            self._limits.spend(pod, Spending.MOUNTS, 1)
+            self._limits.begin(pod)
             spec, seconds = await asyncio.get_running_loop().run_in_executor(self._reader, self._parse, request)
             self._limits.spend(pod, Spending.PARSING, seconds)
         finally:
@@ -185,7 +184,7 @@ class Service:
         if isinstance(spec, InvalidClass):
             raise spec
         # Others of the pod's mounts may have spent what was left meanwhile.
-        self._limits.check(pod)
+        self._limits.check(pod, Spending.OBJECTS)
         self._limits.spend(pod, Spending.OBJECTS, sum(len(wanted.sources) for wanted in spec.objects))
         return spec
 
