@@ -250,6 +250,18 @@ class TestWatch:
         assert {(event.mount, event.status) for event in sent} == {("sys/", 0)}
         assert 2 <= len(sent) <= 5
 
+    async def test_end_of_looking_is_told(
+        self, vault: Vault, faulty: Faulty, events: list[Event], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A Vault that nobody asks for any more is not away for ever to who counts those that are."""
+        monkeypatch.setattr(breaker, "FORGET_SECONDS", 1.0)
+        faulty.stop()
+        with pytest.raises(VaultUnreachable):
+            await read(vault)
+        async with asyncio.timeout(20):
+            while changes(events) != [True, False]:  # noqa: ASYNC110  # it comes in its own time
+                await asyncio.sleep(0.05)
+
     async def test_namespaces_share_what_is_known(self, servers: VaultServers, faulty: Faulty) -> None:
         """What one namespace of a Vault found out holds for the others; other TLS settings find out by themselves."""
         faulty.stop()

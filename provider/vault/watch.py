@@ -150,8 +150,8 @@ class Watch:
                 queue.dismiss()
         self._plan()
 
-    def _found(self) -> None:
-        away, refused = self._breaker.state is State.AWAY, self._breaker.refused
+    def _found(self, was: State | None = None) -> None:
+        away, refused = (was or self._breaker.state) is State.AWAY, self._breaker.refused
         self._breaker.find()
         if self._next_look is not None:
             self._next_look.cancel()
@@ -186,9 +186,9 @@ class Watch:
 
     def _begin_look(self) -> None:
         self._next_look = None
-        look = self._look
+        look, was = self._look, self._breaker.state
         if look is None or not self._breaker.probe(asyncio.get_running_loop().time()):
-            self._found()
+            self._found(was)
             return
         task = asyncio.create_task(self._take_look(look))
         self._looks.add(task)
