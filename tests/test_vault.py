@@ -7,6 +7,8 @@ import contextlib
 import gzip
 import json
 import math
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -40,6 +42,7 @@ from provider.vault import (
     connections,
     transport,
 )
+from provider.vault.connections import Lookups
 from provider.vault.failures import NotSent
 from provider.vault.turns import Turns
 from provider.vault.watch import Asker, Watch
@@ -327,15 +330,48 @@ class TestConnections:
         self, servers: VaultServers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A look-up is given up after its time, and the name is told apart from a server that is down."""
-
-        async def hang(*_: object, **__: object) -> None:
-            await asyncio.sleep(3600)
-
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+        go_on = threading.Event()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [] if go_on.wait(20) else [])
         monkeypatch.setattr(connections, "LOOKUP_SECONDS", 0.05)
         async with asyncio.timeout(20):
             with pytest.raises(NotSent, match=r"vault.example:8200 is unreachable.*looked up: no answer in 0.05 s"):
                 await servers.get(at("http://vault.example:8200")).read(get("x"), TOKEN, within(0))
+        go_on.set()
+
+    async def test_names_that_hang_leave_others_alone(
+        self, servers: VaultServers, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Look-ups that hang hold 32 threads at most, one a name; a name in use is found beside them.
+
+        Where it is not found for a while, it is where it was.
+        """
+        go_on, resolve, hung = threading.Event(), socket.getaddrinfo, []
+
+        def ask(host: str, *arguments: object, **named: object) -> object:
+            if host != "localhost":
+                hung.append(host)
+                go_on.wait(20)
+                raise socket.gaierror(socket.EAI_NONAME, "unknown")
+            return resolve("127.0.0.1", *arguments, **named)  # type: ignore[arg-type]  # as they were given
+
+        def fail(*_: object, **__: object) -> None:
+            raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+
+        monkeypatch.setattr(socket, "getaddrinfo", ask)
+        monkeypatch.setattr(connections, "LOOKUP_SECONDS", 0.5)
+        faulty.on("x", secret({"a": "1"}))
+        known = f"http://localhost:{faulty.port}"
+        await read(servers.get(at(known)))
+        bogus = [f"http://name-{number % 50}.example:{8200 + number // 50}" for number in range(60)]
+        tries = [servers.get(at(address)).read(get("x"), TOKEN, within(0)) for address in bogus]
+        ends = asyncio.gather(*tries, return_exceptions=True)
+        await eventually(lambda: len(hung) == 32)
+        assert (await read(servers.get(at(known, "team")))).response["data"] == {"a": "1"}
+        assert {type(end) for end in await ends} == {NotSent}
+        assert len(hung) == len(set(hung)) == 32
+        monkeypatch.setattr(socket, "getaddrinfo", fail)
+        assert (await read(servers.get(at(known, "other")))).response["data"] == {"a": "1"}
+        go_on.set()
 
 
 class TestRequests:
@@ -672,6 +708,37 @@ class TestStrangeAnswers:
             with pytest.raises(AnswerLost, match=r"did not answer to the end"):
                 await read(servers.get(at(address)))
 
+    @pytest.mark.parametrize(
+        "chunk", [b"1\r\nx\r\n", b"1;" + b"e" * 4000 + b"\r\nx\r\n", b"1;a=" + b"b;" * 2000 + b"\r\nx\r\n"]
+    )
+    async def test_flood_of_chunks(self, servers: VaultServers, chunk: bytes) -> None:
+        """A body in chunks of a byte, or with long extensions, is left long before its size is too much."""
+        sent = 0
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal sent
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while True:
+                    writer.write(chunk * (65536 // len(chunk)))
+                    await writer.drain()
+                    sent += 65536
+            writer.close()
+
+        async with serving(serve) as address:
+            with pytest.raises(AnswerLost, match=r"its answer broke off|not HTTP"):
+                await read(servers.get(at(address)))
+        assert sent < 8 * MIB
+
+    async def test_chunks_of_a_server(self, servers: VaultServers) -> None:
+        """An answer in chunks as Go's servers make them is read, the largest that is read at all."""
+        body = b'{"data": {"a": "' + b"x" * (7 * MIB) + b'"}}'
+        parts = [body[at : at + 2048] for at in range(0, len(body), 2048)]
+        answer = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+        async with raw_server(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + answer) as address:
+            assert len((await read(servers.get(at(address)))).response["data"]["a"]) == 7 * MIB
+
     async def test_204_is_an_empty_answer(self, vault: Vault, faulty: Faulty) -> None:
         """A write that answers nothing has succeeded."""
         faulty.on("x", Answer(204, b""))
@@ -734,6 +801,7 @@ class TestStrangeAnswers:
             clock=SystemClock(),
             proxy="",
             large_bodies=Turns(1),
+            lookups=Lookups(),
             watch=Watch(vault.server, clock=SystemClock(), telemetry=Telemetry()),
             telemetry=Telemetry(),
         )

@@ -30,6 +30,7 @@ from provider.spc import Login, SecretRequest, VaultServer
 from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Telemetry
 from provider.vault.adapter import Redirect, Refusal, VaultAdapter
+from provider.vault.connections import Lookups
 from provider.vault.redirects import followed
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
@@ -315,6 +316,7 @@ class VaultServers:
         self._proxy = proxy
         self._max_connections = max_connections
         self._large_bodies = Turns(LARGE_BODIES)
+        self._lookups = Lookups()
         self._watches: WeakValueDictionary[VaultServer, Watch] = WeakValueDictionary()
         self._recent: OrderedDict[VaultServer, Vault] = OrderedDict()
         self._held: WeakValueDictionary[VaultServer, Vault] = WeakValueDictionary()
@@ -329,6 +331,7 @@ class VaultServers:
                 clock=self._clock,
                 proxy=self._proxy,
                 large_bodies=self._large_bodies,
+                lookups=self._lookups,
                 watch=self._watch(server),
                 max_connections=self._max_connections,
                 telemetry=self._telemetry,

@@ -25,7 +25,7 @@ from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
 from provider.telemetry.events import Telemetry, VaultRequest
-from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, bound
+from provider.vault.connections import DNS_CACHE_SECONDS, BoundedResolver, Lookups, bound
 from provider.vault.failures import NotSent
 from provider.vault.tls import Fingerprint, fingerprint, make_context
 from provider.vault.turns import Dismissed, Turns
@@ -75,7 +75,8 @@ class Answer:
 class Transport:
     """The connections to one Vault server: at most MAX_CONNECTIONS, kept alive, remade when TLS files change.
 
-    ``large_bodies`` are the turns at which bodies above LARGE_BODY_BYTES are read, shared by all servers.
+    ``large_bodies`` are the turns at which bodies above LARGE_BODY_BYTES are read, and ``lookups`` find hosts: both are
+    shared by all servers.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Transport:
         clock: Clock,
         proxy: str,
         large_bodies: Turns,
+        lookups: Lookups,
         watch: Watch,
         max_connections: int = MAX_CONNECTIONS,
         telemetry: Telemetry,
@@ -95,6 +97,7 @@ class Transport:
         self._telemetry = telemetry
         self._max_connections = max_connections
         self._large_bodies = large_bodies
+        self._lookups = lookups
         self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
         watch.queues.add(self._turns)
         parts = urlsplit(server.address)
@@ -281,7 +284,7 @@ class Transport:
                 limit=self._max_connections,
                 keepalive_timeout=KEEPALIVE_SECONDS,
                 ssl=context or True,
-                resolver=BoundedResolver(),
+                resolver=BoundedResolver(self._lookups),
                 ttl_dns_cache=DNS_CACHE_SECONDS,
             )
         bound(connector)
