@@ -12,6 +12,7 @@ import resource
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,7 @@ def test_other_events_are_none_of_its(listener: Listener) -> None:
 def test_nobody_starts_a_line_nor_brings_a_token_in(listener: Listener) -> None:
     """Control characters in any name or reason are escaped, even once the JSON is decoded, and tokens are masked."""
     evil = 'x\n{"event":"mount"}\r\x1b[31m\u2028\u202e\x85'
-    object_ = made(evil, paths=(evil,), version=evil, request_ids=(evil,))
+    object_ = made(evil, paths=(evil,), request_ids=(evil,))
     for event in (
         mounted(object_, class_name=evil, login=Login(evil, TOKEN, None), pod=Pod(evil, evil, evil, evil)),
         MountRefused("INTERNAL", f"{evil} {TOKEN}", 0.1, POD, evil, evil, None),
@@ -429,8 +430,10 @@ def test_file_that_is_about_to_be_created_is_waited_for(tmp_path: Path, monkeypa
         keeping.put("one")
         path.rename(tmp_path / "audit.log.1")
         assert keeping.file.put("two")
+        time.sleep(0.2)
+        assert not path.exists()
         created.touch(0o640)
-        created.rename(path)  # with a file there already it would not be this one
+        created.rename(path)
         inode = path.stat().st_ino
     assert (path.stat().st_ino, path.read_text()) == (inode, "two\n")
 

@@ -11,13 +11,13 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from provider import __version__
 from provider.redact import one_line
-from provider.spc.model import Login, Pod, VaultServer
+from provider.spc.model import Login, ObjectSpec, Pod, VaultServer
 from provider.telemetry.events import (
     AuditLost,
     AuditOutage,
@@ -38,12 +38,13 @@ from provider.telemetry.lines import MAX_WAITING, LineWriter
 from provider.telemetry.volumes import Volumes
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # A name or a reason: as long as an error message may be, and a path of Vault's.
 MAX_TEXT: Final = 4096
-# What the objects of one line may come to: twenty times a class of 1,000 plain objects. A class that repeats long paths
-# by YAML aliases could make it gigabytes.
-MAX_OBJECTS_TEXT: Final = 4 * 1024 * 1024
+# What the names and paths of one line's objects may come to: far more than a class of 1,000 plain ones has. One that
+# repeats long paths by YAML aliases could have gigabytes.
+MAX_OBJECTS_TEXT: Final = 1024 * 1024
 # Seconds between two attempts at a file that cannot be written.
 RETRY_SECONDS: Final = 1.0
 # Seconds that a file which is gone has to come back: logrotate moves it away before it creates the next one, and would
@@ -115,20 +116,14 @@ class Audit:
         told |= {"target_path": _safe(spec.target_path), "accessor": _safe(event.accessor)}
         if change.remount:
             told["changed"] = sorted(map(_safe, change.changed))
-        return told | _objects(map(_object, event.objects()))
+        return told | _objects(event.objects(), _made)
 
     def _refused(self, event: MountRefused) -> dict[str, Any]:
         told = self._line("refusal", REFUSED, event.seconds)
         spec = event.spec
         told |= _who(event.pod, event.class_name, spec.login if spec else None, spec.server if spec else None)
-        wanted = spec.objects if spec else ()
-        return (
-            told
-            | {"target_path": _safe(event.target_path), "code": event.code, "reason": _safe(event.message)}
-            | _objects(
-                {"object": made.name, "paths": [source.request.path for source in made.sources]} for made in wanted
-            )
-        )
+        told |= {"target_path": _safe(event.target_path), "code": event.code, "reason": _safe(event.message)}
+        return told | _objects(spec.objects if spec else (), _wanted)
 
     def _logged_in(self, event: LoggedIn) -> dict[str, Any]:
         spec, error = event.spec, event.error
@@ -190,33 +185,33 @@ def _who(pod: Pod | None, class_name: str, login: Login | None, server: VaultSer
     }
 
 
-def _object(made: MountedObject) -> dict[str, Any]:
+def _made(made: MountedObject) -> dict[str, Any]:
+    # What is not made safe is ours.
     return {
-        "object": made.name,
-        "paths": made.paths,
+        "object": _safe(made.name),
+        "paths": [_safe(path) for path in made.paths],
         "version": made.version,
         "kind": made.kind.value,
         "supply": made.supply.value,
-        "request_ids": [name for name in made.request_ids if name],
+        "request_ids": [_safe(name) for name in made.request_ids if name],
         "lease_sha256": [lease_sha256(lease_id) for lease_id in made.lease_ids],
     }
 
 
-def _objects(wanted: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The objects made safe, as many as there is room for, and how many that leaves out."""
+def _wanted(wanted: ObjectSpec) -> dict[str, Any]:
+    return {"object": _safe(wanted.name), "paths": [_safe(source.request.path) for source in wanted.sources]}
+
+
+def _objects(objects: Sequence[_T], tell: Callable[[_T], dict[str, Any]]) -> dict[str, Any]:
+    """As many objects as there is room for, and how many that leaves out."""
     told: list[dict[str, Any]] = []
-    size = left_out = 0
-    for made in wanted:
+    size = 0
+    for each in objects:
         if size > MAX_OBJECTS_TEXT:
-            left_out += 1
-            continue
-        safe = {
-            name: _safe(value) if isinstance(value, str) else [_safe(text) for text in value]
-            for name, value in made.items()
-        }
-        told.append(safe)
-        size += sum(len(value) if isinstance(value, str) else sum(map(len, value)) for value in safe.values())
-    return {"objects": told, "objects_left_out": left_out}
+            break
+        told.append(tell(each))
+        size += len(told[-1]["object"]) + sum(map(len, told[-1]["paths"]))
+    return {"objects": told, "objects_left_out": len(objects) - len(told)}
 
 
 def _safe(text: str) -> str:
