@@ -1,0 +1,110 @@
+"""The daemon as a program: what is served where, and how it settles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import signal
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from provider.cli import main
+from provider.cli.parts import Parts
+from provider.mount import MountResult
+from provider.render import RenderedFile
+from provider.settings import Settings
+from provider.spc import MountSpec, Parser
+from provider.telemetry.events import Telemetry
+from tests.stand.driver import Driver
+from tests.stand.kubeapi import Pod
+from tests.stand.process import Process, free_port
+from tests.stand.waiting import eventually
+from tests.test_examples import clean_environment
+from tests.tools import ROOT
+
+
+class Collected:
+    """A mount whose file tells how the garbage collector is set."""
+
+    async def mount(self, spec: MountSpec) -> MountResult:
+        told = json.dumps({"frozen": gc.get_freeze_count(), "threshold": gc.get_threshold()[0]}).encode()
+        return MountResult((RenderedFile("gc", 0o600, told),), (("gc", "1"),))
+
+
+@contextlib.asynccontextmanager
+async def build(settings: Settings) -> AsyncIterator[Parts]:
+    await asyncio.sleep(0)
+    yield Parts(Parser(settings), Collected(), Telemetry())
+
+
+@contextlib.contextmanager
+def running(directory: Path, module: str, *flags: str, ready: str) -> Iterator[Process]:
+    """A daemon whose socket is `vault.sock`, once its log has the message `ready`."""
+    argv = [sys.executable, "-m", module, f"--endpoint={directory}/vault.sock", "--node-name=", *flags]
+    process = Process(argv, log=directory / "log", cwd=ROOT, env=clean_environment() | {"PYTHONPATH": str(ROOT)})
+    try:
+        eventually(lambda: ready in process.log.read_text() or not process.running, f"the log says {ready!r}")
+        assert process.running, process.log_tail()
+        yield process
+        process.signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.log_tail()
+    finally:
+        process.kill()
+
+
+def status(port: int, path: str) -> int:
+    """The status of a GET, 0 where nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+            found: int = answer.status
+            return found
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_health", "on_own"),
+    [((), 200, 0), (("--metrics-addr=127.0.0.1:{own}",), 404, 200), (("--metrics-addr=off",), 404, 0)],
+)
+def test_metrics_are_served_where_the_flag_says(
+    flags: tuple[str, ...], on_health: int, on_own: int, tmp_path: Path
+) -> None:
+    """/metrics is on the health address, on one of its own with nothing beside it, or nowhere."""
+    health, own = free_port(), free_port()
+    given = [flag.format(own=own) for flag in flags]
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text("{apiVersion: v1, kind: Config, clusters: [], contexts: [], users: []}")
+    with running(tmp_path, "provider.cli", f"--health-addr=127.0.0.1:{health}", *given, ready="mounts are served"):
+        eventually(lambda: status(health, "/health/live") == 200, "health is served")
+        assert status(health, "/metrics") == on_health
+        if on_own:
+            eventually(lambda: status(own, "/metrics") == 200, "metrics are served")
+        assert status(own, "/metrics") == on_own
+        assert status(own, "/health/live") == (404 if on_own else 0)
+
+
+def test_collector_is_let_be_once_mounts_are_served(tmp_path: Path) -> None:
+    """What the imports made is looked at no more, and the rest seldom: it cost a twentieth of a node's boot."""
+    with (
+        running(tmp_path, "tests.test_wiring", "--health-addr=", ready="mounts are served"),
+        Driver(tmp_path / "vault.sock") as driver,
+    ):
+        pod = Pod("shop", "web", "uid", "web", "node-1", "Running")
+        mounted = driver.mount(pod, {"roleName": "r", "objects": "- {objectName: gc, secretPath: a/b}"})
+        told = json.loads(mounted.text("gc"))
+    assert told["frozen"] > 10_000
+    assert told["threshold"] > gc.get_threshold()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(build=build))
