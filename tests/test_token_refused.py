@@ -22,7 +22,7 @@ async def test_token_that_is_not_renewed_for_a_while_lives_on() -> None:
         node, pod = stage.node(), stage.pod("a")
         stage.vault.roles["app"].ttl = TTL
         first = await node.mount(pod, *credential())
-        await asyncio.sleep(35 * MINUTE)
+        await node.remount(35 * MINUTE, pod, *credential())
         stage.vault.breaks(RENEWAL, 403, WORDS)
         await node.remount(10 * MINUTE, pod, *credential())
         stage.vault.mend()
