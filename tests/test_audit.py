@@ -21,7 +21,7 @@ import pytest
 
 from provider.clock import SystemClock
 from provider.errors import LoginDenied
-from provider.settings import TlsSettings
+from provider.settings import MIB, TlsSettings
 from provider.spc import Login, MountSpec, Pod, SecretRequest, VaultServer
 from provider.telemetry import audit
 from provider.telemetry.audit import Audit, AuditFile
@@ -44,12 +44,13 @@ from provider.telemetry.events import (
     VaultRequest,
     Who,
 )
-from provider.telemetry.lines import LineWriter
+from provider.telemetry.lines import MAX_WAITING, MAX_WAITING_BYTES, LineWriter
 from provider.telemetry.volumes import Volumes
 from tests.spc_classes import plain
 from tests.stand.waiting import eventually
-from tests.tools import logrotate
+from tests.tools import ROOT, logrotate
 
+PAGE = (ROOT / "docs" / "audit.md").read_text()
 LEASE = "database/creds/web/9dGx"
 LEASE_SHA256 = hashlib.sha256(LEASE.encode()).hexdigest()
 TOKEN = "hvs.CAESIJcanarycanarycanary"
@@ -337,6 +338,13 @@ def test_line_that_finds_no_room_is_counted_and_the_gap_told(listener: Listener)
     assert len(listener(Revocation(WHO, "a", Revoking.REVOKED, "pod gone", "", 0.1))) == 1
 
 
+def test_page_has_the_limits() -> None:
+    """What the page says of bounds is what holds."""
+    assert f"cut at {audit.MAX_TEXT:,} characters" in PAGE
+    assert f"come to {audit.MAX_OBJECTS_TEXT // MIB} MiB" in PAGE
+    assert f"Up to {MAX_WAITING:,} lines or {MAX_WAITING_BYTES // MIB} MiB wait" in PAGE
+
+
 # --- the file ---------------------------------------------------------------------------------------------
 
 
@@ -438,7 +446,11 @@ def test_file_that_is_about_to_be_created_is_waited_for(tmp_path: Path, monkeypa
     assert (path.stat().st_ino, path.read_text()) == (inode, "two\n")
 
 
-@pytest.mark.parametrize("how", ["create 0600", "nocreate", "copytruncate", "create 0600\ncompress"])
+# What the page advises.
+ADVISED = re.findall(r"^/var/log/vault-csi-provider/audit\.log \{\n(.*?)^\}", PAGE, re.MULTILINE | re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("how", [ADVISED, "create 0600", "nocreate", "copytruncate", "create 0600\ncompress"])
 def test_logrotate_loses_no_line(tmp_path: Path, how: str) -> None:
     """With the real logrotate, in each way of its, every line is in one of the files once, in order."""
     directory = tmp_path / "log"

@@ -272,8 +272,9 @@ def test_off_costs_nothing() -> None:
         "import asyncio, sys\n"
         "from provider.cli import parts\n"
         "from provider.settings import Settings\n"
+        "from provider.telemetry.lines import LineWriter\n"
         "async def run():\n"
-        "    async with parts.build(Settings(kubeconfig='/none'), stderr=lambda line: True):\n"
+        "    async with parts.build(Settings(kubeconfig='/none'), stderr=LineWriter('stderr', print)):\n"
         "        print('provider.telemetry.audit' in sys.modules)\n"
         "asyncio.run(run())\n"
     )
