@@ -46,7 +46,7 @@ ADDRESS = "https://vault.vault.svc:8200"
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 # Of the Prometheus operator, which Kubernetes' schemas do not know.
-OPERATOR_KINDS = ("PodMonitor", "PrometheusRule")
+OPERATOR_KINDS = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
 
 PEER = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "vault"}}}]
 # Each value once at least, in another place than its default, and those together that meet in a template.
@@ -155,8 +155,18 @@ MATRIX: dict[str, dict[str, Any]] = {
     "monitors": {
         "monitors": {
             "podMonitor": {"enabled": True},
-            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+            "prometheusRule": {
+                "enabled": True,
+                "labels": {"release": "prometheus"},
+                "runbook": "https://wiki.example.com/runbook",
+            },
         }
+    },
+    "a Service to scrape": {
+        "metrics": {"port": 9102},
+        "monitors": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "x"}, "interval": "1m", "scrapeTimeout": "5s"}
+        },
     },
     "audit to stderr": {"auditLog": {"destination": "stderr"}},
     "audit to a file": {"auditLog": {"destination": "file", "hostPath": "/var/log/audit/vault"}},
@@ -406,6 +416,8 @@ def test_every_value_says_what_it_is_for() -> None:
         ({"vaultCA": {"configMap": "a", "secret": "b"}}, "not both"),
         ({"serviceAccount": {"create": False}}, "serviceAccount.name"),
         ({"monitors": {"podMonitor": {"enabled": True}}, "metrics": {"enabled": False}}, "nothing to scrape"),
+        ({"monitors": {"serviceMonitor": {"enabled": True}}, "metrics": {"enabled": False}}, "nothing to scrape"),
+        ({"monitors": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}}, "not both"),
         ({"monitors": {"prometheusRule": {"enabled": True}}, "metrics": {"enabled": False}}, "nothing to alert on"),
         ({"hostNetwork": True, "daemonSet": {"updateStrategy": {"maxSurge": 1}}}, "has to be 0"),
         ({"daemonSet": {"updateStrategy": {"maxSurge": 1, "maxUnavailable": 1}}}, "one has to be 0"),
@@ -607,8 +619,24 @@ def test_alerts_are_those_of_the_monitoring(tmp_path: Path) -> None:
     copied = (CHART / "files" / "rules.yaml").read_text()
     assert copied == rules, "cp deploy/monitoring/rules.yaml deploy/helm/vault-csi-provider/files/"
     (rule,) = of_kind(template(tmp_path, MATRIX["monitors"]), "PrometheusRule")
-    assert rule["spec"] == yaml.safe_load(rules)
     assert rule["metadata"]["labels"]["release"] == "prometheus"
+    there = "https://wiki.example.com/runbook#"
+    assert rule["spec"] == yaml.safe_load(rules.replace("docs/runbook.md#", there))
+    assert "docs/runbook.md#" in rules
+    # Alerts that go by the name of the DaemonSet and its pods go by this release's.
+    named = {**MATRIX["monitors"], "fullnameOverride": "secrets"}
+    (other,) = of_kind(template(tmp_path, named), "PrometheusRule")
+    assert '=~".*secrets.*"' in json.dumps(other["spec"]).replace('\\"', '"')
+    assert ".*vault-csi-provider.*" not in json.dumps(other["spec"])
+
+
+@pytest.mark.parametrize("file", ["podmonitor", "servicemonitor", "prometheusrule"])
+def test_monitors_are_those_of_the_monitoring(tmp_path: Path, file: str) -> None:
+    """The chart's objects for the Prometheus operator are those of deploy/monitoring, field for field."""
+    switch = {"podmonitor": "podMonitor", "servicemonitor": "serviceMonitor", "prometheusrule": "prometheusRule"}[file]
+    made = normal(template(tmp_path, {"monitors": {switch: {"enabled": True}}}))
+    there = normal(yaml.safe_load_all((ROOT / "deploy" / "monitoring" / f"{file}.yaml").read_text()))
+    assert {key: made[key] for key in made.keys() - normal(template(tmp_path, {})).keys()} == there
 
 
 def test_kubelets_directory_changes_nothing(tmp_path: Path) -> None:
