@@ -160,7 +160,7 @@ class Mounter:
 
         shaped = [wanted for wanted in spec.objects if not wanted.plain]
         if shaped:
-            await self._renderer.check(shaped)
+            await self._renderer.check(shaped, spec.pod.namespace)
         reads, distinct = plan(spec.objects)
         # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
         key, fetched = await asyncio.gather(
@@ -203,7 +203,7 @@ class Mounter:
                 failed(wanted, wanted.request, _too_large(made, size, len(spec.objects)))
                 break
         if answered and size <= MAX_MOUNT_BYTES:
-            results = await self._renderer.render(spec.target_path, answered)
+            results = await self._renderer.render(spec.target_path, answered, spec.pod.namespace)
             for given, result in zip(answered, results, strict=True):
                 if isinstance(result, ProviderError):
                     failed(given.spec, given.spec.request, result)

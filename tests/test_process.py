@@ -90,7 +90,7 @@ async def test_worker_of_templates_dumps_no_core() -> None:
     """The process that runs programs out of classes has the limit too, and nothing loaded that calls the kernel."""
     sandbox = Sandbox()
     try:
-        assert await sandbox.run([Expression("a", {"a": 1})]) == [Outcome(True, True, "1")]
+        assert await sandbox.run([Expression("a", {"a": 1})], "shop") == [Outcome(True, True, "1")]
         assert sandbox._process is not None
         worker = sandbox._process.pid
         assert resource.prlimit(worker, resource.RLIMIT_CORE) == (process.NO_CORE_BYTES, process.NO_CORE_BYTES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from provider.errors import ProviderError
 from provider.sandbox import process, worker
+from provider.sandbox.lanes import Pace
 from provider.sandbox.process import (
     MAX_OUTPUT,
     Check,
@@ -91,12 +94,32 @@ async def sandbox() -> AsyncIterator[Sandbox]:
     await made.close()
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time enough for a program to use all of its processor time, on a machine that others keep busy."""
+    monkeypatch.setattr(process, "WALL_SECONDS", 30.0)
+
+
 def rendering(text: str, **sources: Any) -> Rendering:
     return Rendering(text, {alias: (value, None) for alias, value in sources.items()})
 
 
-async def one(sandbox: Sandbox, program: Program) -> Outcome | Failure:
-    (result,) = await sandbox.run([program])
+class Runs:
+    """The allowances that a sandbox's children are given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allowances: list[worker.Allowance] = []
+        order = worker.order
+
+        def noting(wanted: str, allowance: worker.Allowance, wall: float) -> bytes:
+            self.allowances.append(allowance)
+            return order(wanted, allowance, wall)
+
+        monkeypatch.setattr(process, "order", noting)
+
+
+async def one(sandbox: Sandbox, program: Program, owner: str = "shop") -> Outcome | Failure:
+    (result,) = await sandbox.run([program], owner)
     return result
 
 
@@ -212,6 +235,10 @@ def test_errors_name_line_and_name_and_no_value(text: str, code: str, line: int,
         ("\n{{ other }}{{ s }}{{ third }}", ("undefined", 2, "other")),
         ("\n\n{% include s %}", ("include", 3, "")),
         ("{% extends 'x' %}", ("include", 1, "")),
+        ("{% autoescape true %}{{ s }}{% endautoescape %}", None),
+        # Jinja2 would compute it as it reads the template.
+        ("\n{% autoescape 9 ** (9 ** 9) %}{% endautoescape %}", ("autoescape", 2, "")),
+        ("{% autoescape s %}{% endautoescape %}", ("autoescape", 1, "")),
         ("\n{% if %}", ("syntax", 2, "Expected an expression, got 'end of statement block'")),
     ],
 )
@@ -293,9 +320,9 @@ EVERY_KIND: list[tuple[Program, Result]] = [
 ]
 
 
-async def test_programs_of_one_mount(sandbox: Sandbox) -> None:
+async def test_programs_of_one_mount(sandbox: Sandbox, patient: None) -> None:
     """Each program has its own result, in its order; one that fails does not keep the others."""
-    assert await sandbox.run([program for program, _ in EVERY_KIND]) == [result for _, result in EVERY_KIND]
+    assert await sandbox.run([program for program, _ in EVERY_KIND], "shop") == [result for _, result in EVERY_KIND]
 
 
 def test_a_request_is_answered_frame_by_frame() -> None:
@@ -303,11 +330,11 @@ def test_a_request_is_answered_frame_by_frame() -> None:
     request = process._request([program for program, _ in EVERY_KIND])
     assert request is not None
     frames = b"".join(worker.answers(request))
-    assert process._results((frames, False), [program for program, _ in EVERY_KIND]) == [
+    assert process._results(frames, [program for program, _ in EVERY_KIND], process._CRASHED) == [
         result for _, result in EVERY_KIND
     ]
     (frame,) = worker.answers(b"[" * 100_000)
-    assert process._results((frame, False), [rendering("x")]) == [
+    assert process._results(frame, [rendering("x")], process._CRASHED) == [
         Failure("it takes more than 64 MiB of memory", process._SENTENCES["memory"][1])
     ]
 
@@ -338,73 +365,159 @@ async def test_a_hostile_template_fails_alone(sandbox: Sandbox, name: str) -> No
 @pytest.mark.parametrize(
     ("program", "told"),
     [
-        (rendering(HOSTILE["loops nested three deep"]), "more than 1 s of processor time"),
+        (rendering(HOSTILE["loops nested three deep"]), "than 1 s of processor time"),
         (rendering(HOSTILE["a text of a gigabyte"]), "more than 64 MiB of memory"),
         (rendering("{% for i in range(9) %}{{ s.a }}{% endfor %}", s={"a": "x" * 10**6}), "more than 4 MiB"),
         (rendering("{% for i in range(9) %}é{{ s.a }}{% endfor %}", s={"a": "é" * 250_000}), "more than 4 MiB"),
-        (Expression("|".join(["[@, @]"] * 100), {}), "more than"),
-        (Expression("|".join(["[@, @][]"] * 80), [1]), "more than"),
+        (Expression("|".join(["[@, @]"] * 100), {}), " than "),
+        (Expression("|".join(["[@, @][]"] * 80), [1]), " than "),
     ],
 )
 async def test_limits_are_told(sandbox: Sandbox, program: Program, told: str) -> None:
     """Each limit that a program meets is named, and those behind it say that they were not run."""
-    first, second = await sandbox.run([program, rendering("x")])
+    first, second = await sandbox.run([program, rendering("x")], "shop")
     assert isinstance(first, Failure)
     assert told in first.what
     assert isinstance(second, Failure) is ("processor" in first.what)
 
 
-async def test_programs_that_may_not_end_take_turns_of_their_own(sandbox: Sandbox) -> None:
-    """Those that never ran wait for one another, those that did not end are put off, and nobody else waits."""
-    loop = rendering(HOSTILE["loops nested three deep"])
+LOOP = HOSTILE["loops nested three deep"]
+# Some 0.3 s of processor time; and more memory than the small allowance has.
+LONG = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
+LARGE = "{% set x = 'a' * (30 * 1024 * 1024) %}"
+
+
+def ever_new_loops(sandbox: Sandbox, count: int, owner: str = "hostile") -> list[asyncio.Task[None]]:
+    """Tasks that run loops which nobody has seen before, each again as soon as it failed."""
+
+    async def looping(number: int) -> None:
+        for again in itertools.count():
+            assert isinstance(await one(sandbox, rendering(f"{LOOP}{number}.{again}"), owner), Failure)
+
+    return [asyncio.create_task(looping(number)) for number in range(count)]
+
+
+async def test_a_new_program_does_not_wait_for_those_that_loop(sandbox: Sandbox) -> None:
+    """Beside twenty texts that loop and that nobody knows, what another namespace runs for the first time ends soon."""
     await one(sandbox, rendering("{{ s }}", s=1))
-    looping = asyncio.create_task(one(sandbox, loop))
-    waiting = asyncio.create_task(one(sandbox, rendering("new")))
-    # Known by its text, whatever it is run on.
-    assert await one(sandbox, rendering("{{ s }}", s=2)) == Outcome(True, False, "2")
-    assert not looping.done()
-    assert not waiting.done()
-    assert isinstance(await looping, Failure)
-    assert await waiting == Outcome(True, False, "new")
-    again = asyncio.create_task(one(sandbox, loop))
-    await asyncio.sleep(0.1)
-    put_off = await one(sandbox, Rendering(loop.text, {}))
-    assert isinstance(put_off, Failure)
-    assert not put_off.final
-    assert "put off" in put_off.what
-    assert not again.done()
-    assert isinstance(await again, Failure)
+    loops = ever_new_loops(sandbox, 20)
+    try:
+        await asyncio.sleep(1)
+        async with asyncio.timeout(2):  # they would take 20 s one after another
+            assert await one(sandbox, rendering("new"), "other") == Outcome(True, False, "new")
+            assert await one(sandbox, rendering("{{ s }}", s=2)) == Outcome(True, False, "2")
+        assert not any(loop.done() for loop in loops)
+    finally:
+        for loop in loops:
+            loop.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
 
 
-async def test_one_of_many_with_a_new_text_tells_for_all(sandbox: Sandbox) -> None:
+async def test_programs_that_loop_fail_in_time(sandbox: Sandbox) -> None:
+    """However many loop at once: each is told within 2 s, run or put off, and that it is worth another try."""
+    await one(sandbox, rendering("x"))
+    await one(sandbox, rendering(LOOP))
+    began = asyncio.get_running_loop().time()
+
+    async def told(number: int) -> tuple[Failure, float]:
+        result = await one(sandbox, rendering(f"{LOOP}{number}"))
+        assert isinstance(result, Failure)
+        return result, asyncio.get_running_loop().time() - began
+
+    results = await asyncio.gather(*(told(number) for number in range(20)))
+    assert not any(failure.final for failure, _ in results)
+    assert any("put off" in failure.what for failure, _ in results)
+    assert max(seconds for _, seconds in results) < 2.2
+
+
+async def test_what_did_not_end_is_put_off(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, patient: None) -> None:
+    """Its text is run again a while later, whatever it is run on; other namespaces learn nothing of it."""
+    loop = rendering(LOOP)
+    assert await one(sandbox, loop) is process._ENDLESS
+    runs = Runs(monkeypatch)
+    assert await one(sandbox, Rendering(loop.text, {})) is process._PUT_OFF
+    assert not process._PUT_OFF.final
+    assert runs.allowances == []
+    monkeypatch.setattr(process, "RETRY_SECONDS", 0.0)
+    assert isinstance(await one(sandbox, loop), Failure)
+    assert runs.allowances == [worker.FULL]
+    assert isinstance(await one(sandbox, loop, "other"), Failure)
+    assert runs.allowances == [worker.FULL, worker.SMALL, worker.FULL]
+
+
+async def test_what_takes_more_than_the_small_allowance_ends_all_the_same(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
+    """A program that takes long or much memory is run with the full allowance, and at once there the next time."""
+    runs = Runs(monkeypatch)
+    for text in (LONG + "{{ s }}", LARGE + "{{ s }}"):
+        runs.allowances.clear()
+        await one(sandbox, rendering("x"))
+        assert await one(sandbox, rendering(text, s=1)) == Outcome(True, False, "1")
+        assert await one(sandbox, rendering(text, s=2)) == Outcome(True, False, "2")
+        assert [allowance.memory for allowance in runs.allowances] == [
+            *[worker.SMALL.memory] * 2,
+            *[worker.FULL.memory] * 2,
+        ]
+
+
+async def test_what_had_too_little_of_the_processor_is_told(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that its node gave no time is no endless one: it is told so, and tried as before."""
+    await one(sandbox, rendering("x"))
+    monkeypatch.setattr(process, "WALL_SECONDS", 0.1)
+    monkeypatch.setattr(process, "SMALL", dataclasses.replace(worker.SMALL, cpu=1.0))
+    assert await one(sandbox, rendering(LOOP)) is process._STARVED
+    assert not process._STARVED.final
+    assert sandbox._paces.worst("shop", [process._text_digest(rendering(LOOP))]) is Pace.NEW
+
+
+async def test_one_of_many_with_a_new_text_tells_for_all(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
     """Pods of one class that come at once run their template once; as it does not end, the others are put off."""
-    loop = rendering(HOSTILE["loops nested three deep"])
-    first, *others = await asyncio.gather(*(one(sandbox, loop) for _ in range(5)))
-    assert isinstance(first, Failure)
-    assert "processor time" in first.what
+    await one(sandbox, rendering("x"))
+    runs = Runs(monkeypatch)
+    first, *others = await asyncio.gather(*(one(sandbox, rendering(LOOP)) for _ in range(5)))
+    assert first is process._ENDLESS
     assert others == [process._PUT_OFF] * 4
+    assert runs.allowances == [worker.SMALL, worker.FULL]
 
 
-async def test_what_is_known_of_programs_is_bounded(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least recently run are forgotten, and then count as never run; what was not run changes nothing."""
-    monkeypatch.setattr(process, "MAX_KNOWN", 3)
-    await sandbox.run([rendering(str(number)) for number in range(4)])
-    assert list(sandbox._ends) == [process._text_digest(rendering(str(number))) for number in (1, 2, 3)]
-    loop = rendering(HOSTILE["loops nested three deep"])
-    await sandbox.run([loop, rendering("3"), rendering("4")])
-    assert [sandbox._ends.get(process._text_digest(program)) for program in (loop, rendering("3"), rendering("4"))] == [
-        False,
-        True,
-        None,
+async def test_only_what_ran_is_known(sandbox: Sandbox, patient: None) -> None:
+    """The program that did not end is known for it; those before it for how they ran; those behind it for nothing."""
+    programs = [rendering("1"), rendering(LOOP), rendering("3")]
+    assert await sandbox.run(programs, "shop") == [Outcome(True, False, "1"), process._ENDLESS, process._NOT_RUN]
+    assert [sandbox._paces.worst("shop", [process._text_digest(program)]) for program in programs] == [
+        Pace.QUICK,
+        Pace.ENDLESS,
+        Pace.NEW,
     ]
 
 
+async def test_owners_that_are_known_are_bounded(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
+    """Whose programs took too long is forgotten with time, and beyond a number of owners."""
+    monkeypatch.setattr(process, "MAX_OWNERS", 2)
+    for owner in ("a", "b", "c"):
+        assert await one(sandbox, rendering(LARGE), owner) == Outcome(True)
+    assert [owner for owner in ("a", "b", "c", "d") if sandbox._suspect(owner)] == ["b", "c"]
+    monkeypatch.setattr(process, "SUSPECT_SECONDS", 0.0)
+    assert not sandbox._suspect("c")
+
+
 @pytest.mark.parametrize(
-    "text", ["{{ 9 ** (9 ** 9) }}", "{{ [9 ** (9 ** 9), s] }}", "{% if 9 ** (9 ** 9) %}{% endif %}"]
+    "text",
+    [
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ [9 ** (9 ** 9), s] }}",
+        "{% if 9 ** (9 ** 9) %}{% endif %}",
+        "{% autoescape false %}{{ 9 ** (9 ** 9) }}{% endautoescape %}",
+    ],
 )
 async def test_reading_a_template_computes_nothing(sandbox: Sandbox, text: str) -> None:
     """Whether it is a template is found without doing what it says."""
-    assert await sandbox.run([Check(text, ("s",))]) == [Outcome(False)]
+    assert await sandbox.run([Check(text, ("s",))], "shop") == [Outcome(False)]
 
 
 async def test_secrets_that_are_too_large(sandbox: Sandbox) -> None:
@@ -436,7 +549,7 @@ async def test_nothing_of_the_daemon_comes_along(sandbox: Sandbox, monkeypatch: 
 async def test_the_worker_is_jinja_and_jmespath_alone(sandbox: Sandbox) -> None:
     """Of the provider the worker loads its own room and nothing else, so no rendering can reach the daemon's parts."""
     code = (
-        "import sys; from provider.sandbox import worker; worker._load(b'TJ');"
+        "import sys; from provider.sandbox import worker; worker._load('TJ');"
         "print(sorted(name for name in sys.modules if name.split('.')[0] in "
         "('provider', 'grpc', 'aiohttp', 'hvac', 'cryptography', 'yaml')))"
     )
@@ -494,16 +607,13 @@ async def test_frames_that_are_none_are_a_crash() -> None:
         b"T",
         b"",
     ):
-        assert process._results((frame, False), [rendering("x")]) == [process._CRASHED]
+        assert process._results(frame, [rendering("x")], process._CRASHED) == [process._CRASHED]
 
 
 async def test_others_go_on_beside_hostile_templates(sandbox: Sandbox) -> None:
     """While as many templates loop as may run at once, the event loop goes round hundreds of times before one ends."""
     await one(sandbox, rendering("x"))
-    hostile = [
-        asyncio.create_task(one(sandbox, rendering(HOSTILE["loops nested three deep"])))
-        for _ in range(process.MAX_AT_ONCE)
-    ]
+    hostile = [asyncio.create_task(one(sandbox, rendering(LOOP), owner)) for owner in "abcd"]
     rounds = 0
     while not any(task.done() for task in hostile):
         await asyncio.sleep(0.001)
@@ -514,7 +624,15 @@ async def test_others_go_on_beside_hostile_templates(sandbox: Sandbox) -> None:
 
 def test_waiting_is_bounded() -> None:
     """A program's own time, kept by the kernel, and the time that is waited for it, are both within 2 s."""
-    assert worker.CPU_SECONDS < worker.WALL_SECONDS < process.ANSWER_SECONDS < 2
+    assert worker.SMALL.cpu < worker.FULL.cpu < process.LEAST_SECONDS < worker.WALL_SECONDS
+    assert process.PATIENCE_SECONDS < worker.WALL_SECONDS
+    assert worker.WALL_SECONDS + process.ENDING_SECONDS < 2
+
+
+def test_memory_is_bounded() -> None:
+    """All children together take what the memory limit of the DaemonSet has room for: three of the full allowance."""
+    small, full = worker.SMALL.memory * process.SMALL_PLACES, worker.FULL.memory * process.FULL_PLACES
+    assert small + full <= 3 * worker.FULL.memory
 
 
 def test_sentences_have_one_name_at_most() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -81,11 +82,13 @@ class Programs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ran: list[Program] = []
+        self.owners: set[str] = set()
         run = Sandbox.run
 
-        async def counting(sandbox: Sandbox, programs: Sequence[Program]) -> list[Result]:
+        async def counting(sandbox: Sandbox, programs: Sequence[Program], owner: str) -> list[Result]:
             self.ran += programs
-            return await run(sandbox, programs)
+            self.owners.add(owner)
+            return await run(sandbox, programs, owner)
 
         monkeypatch.setattr(Sandbox, "run", counting)
 
@@ -188,6 +191,7 @@ async def test_a_template_is_rendered_again_only_when_a_source_changed(
     first = await node.mount(spec)
     assert json.loads(first["app.json"]) == {"user": first["user"].decode(), "key": shop.api_key}
     assert len(programs.ran) == 1 + 2  # the check, and both programs
+    assert programs.owners == {shop.pod.namespace}
     assert await node.mount(spec) == first
     assert len(programs.ran) == 3
     shop.rotate_api_key("shop-key-0002")
@@ -228,7 +232,7 @@ async def test_keystores_stay_the_same(node: Node, shop: EcommerceStand, tmp_pat
         "import asyncio, json, sys; from provider.render import Answered, Renderer; "
         "from tests.spc_classes import parse_class; given = json.load(sys.stdin); "
         "(spec,) = parse_class(given['class']).objects; "
-        "((file,),) = asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])])); "
+        "((file,),) = asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])], 'shop')); "
         "print(file.contents.hex())"
     )
     text = (
@@ -335,7 +339,9 @@ async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes
     specs = parse_class(objects).objects
     responses = [{"data": one} for one in data]
     try:
-        results = await made.render("volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs])
+        results = await made.render(
+            "volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs], "shop"
+        )
     finally:
         await made.close()
     files = [file for result in results if isinstance(result, tuple) for file in result]
@@ -458,7 +464,8 @@ async def test_a_hostile_template_fails_its_own_mount_alone(node: Node, shop: Ec
         mounted += 1
     error = await looping
     assert error.code is Code.FAILED_PRECONDITION
-    assert 'object "loop": its template: it took more than 1 s of processor time' in str(error)
+    # Which of both, a busy machine decides.
+    assert re.search(r'object "loop": its template: .* (more|less) than 1 s of processor time', str(error))
     assert mounted > 20
 
 
@@ -473,15 +480,15 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         return parse_class("- {objectName: o, secretPath: b, template: '" + text + "'}").objects[0]
 
     try:
-        await made.check([object_of("a"), object_of("b")])
+        await made.check([object_of("a"), object_of("b")], "shop")
         assert len(made._checked) == 1
         for number in range(4):
-            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 30}}])])
-            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "y" * 30}}])])
+            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 30}}])], "shop")
+            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "y" * 30}}])], "shop")
         assert list(made._remembered) == ["2", "3"]
-        await made.render("5", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 90}}])])
+        await made.render("5", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 90}}])], "shop")
         assert list(made._remembered) == ["5"]
-        await made.render("6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])])
+        await made.render("6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])], "shop")
         assert list(made._remembered) == []
         assert made._size == 0
     finally:
@@ -494,10 +501,10 @@ async def test_what_is_remembered_is_forgotten_with_time(monkeypatch: pytest.Mon
     (spec,) = parse_class("- {objectName: o, secretPath: b, template: '{{ secret.a }}'}").objects
     try:
         for volume in ("gone", "kept"):
-            await made.render(volume, [Answered(spec, [{"data": {"a": "x"}}])])
+            await made.render(volume, [Answered(spec, [{"data": {"a": "x"}}])], "shop")
         assert list(made._remembered) == ["gone", "kept"]
         monkeypatch.setattr(renderer, "MAX_AGE", 0.0)
-        await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])])
+        await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])], "shop")
         assert list(made._remembered) == ["other"]
         assert made._size == 3
     finally:
@@ -562,7 +569,7 @@ async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPat
         programs.ran.clear()
         try:
             for _ in range(2):
-                (result,) = await made.render("volume", [Answered(spec, [{"data": {}}])])
+                (result,) = await made.render("volume", [Answered(spec, [{"data": {}}])], "shop")
                 assert isinstance(result, BadSecret)
         finally:
             await made.close()
@@ -599,7 +606,7 @@ spec = parse_class("- {objectName: a, secretPath: b, secretKey: c, optional: tru
 async def main():
     made = Renderer()
     assert [render_plain(one, {"data": {"c": "x"}})[:1] for one in spec.objects if one.plain] == [b"x", b"{"]
-    await made.check(spec.objects)
+    await made.check(spec.objects, "shop")
     await made.close()
 asyncio.run(main())
 new = ("jinja2", "markupsafe", "jmespath", "re2", "provider.sandbox.process", "provider.sandbox.worker",

@@ -58,8 +58,11 @@ class Renderer:
         self._remembered: OrderedDict[str, tuple[Made, int, float]] = OrderedDict()
         self._size = 0
 
-    async def check(self, objects: Sequence[ObjectSpec]) -> None:
-        """Raise InvalidClass where a template among the objects is none, before anything is read for it."""
+    async def check(self, objects: Sequence[ObjectSpec], owner: str) -> None:
+        """Raise InvalidClass where a template among the objects is none, before anything is read for it.
+
+        ``owner`` is who answers for the programs of the objects, the pod's namespace: it takes its turns with others.
+        """
         unknown: dict[bytes, ObjectSpec] = {}
         for spec in objects:
             if isinstance(spec.shape, Template):
@@ -76,7 +79,7 @@ class Renderer:
             for spec in unknown.values()
             if isinstance(spec.shape, Template)
         ]
-        results = await self._run(checks)
+        results = await self._run(checks, owner)
         faults = []
         for (digest, spec), result in zip(unknown.items(), results, strict=True):
             if isinstance(result, Failure):
@@ -88,8 +91,11 @@ class Renderer:
         if faults:
             raise InvalidClass(faults)
 
-    async def render(self, volume: str, answered: Sequence[Answered]) -> list[Files | ProviderError]:
-        """The files of each object, or the error that it failed with. ``volume`` is whose memory is used."""
+    async def render(self, volume: str, answered: Sequence[Answered], owner: str) -> list[Files | ProviderError]:
+        """The files of each object, or the error that it failed with.
+
+        ``volume`` is whose memory is used, ``owner`` as ``check`` has it.
+        """
         jobs = [Job(given.spec, given.responses) for given in answered]
         before = self._remembered[volume][0] if volume in self._remembered else {}
         await asyncio.to_thread(_prepare, jobs)
@@ -97,7 +103,7 @@ class Renderer:
         waiting = {job.digest: program for job in jobs if job.digest not in made and (program := job.program())}
         if waiting:
             # One process for the programs of a mount.
-            made.update(zip(waiting, await self._run(list(waiting.values())), strict=True))
+            made.update(zip(waiting, await self._run(list(waiting.values()), owner), strict=True))
         results = await asyncio.to_thread(_finish, jobs, made)
         # What may have failed for want of time is tried again.
         final = {digest: kept for digest, kept in made.items() if getattr(kept, "final", True)}
@@ -109,12 +115,12 @@ class Renderer:
         if self._sandbox is not None:
             await self._sandbox.close()
 
-    async def _run(self, programs: Sequence[Program]) -> list[Result]:
+    async def _run(self, programs: Sequence[Program], owner: str) -> list[Result]:
         if self._sandbox is None:
             from provider.sandbox.process import Sandbox
 
             self._sandbox = Sandbox()
-        return await self._sandbox.run(programs)
+        return await self._sandbox.run(programs, owner)
 
     def _keep(self, volume: str, memory: Made) -> None:
         size = sum(len(kept) if isinstance(kept, bytes) else len(getattr(kept, "text", "")) for kept in memory.values())

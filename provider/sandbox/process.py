@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, assert_never
 
 from provider.errors import ProviderError
-from provider.sandbox.worker import CPU_SECONDS, MEMORY_BYTES, STARTED, WALL_SECONDS
+from provider.sandbox.lanes import Lane, Pace, Paces
+from provider.sandbox.worker import FULL, SMALL, STARTED, SUSPECT, WALL_SECONDS, Allowance, order
 from provider.settings import MAX_MOUNT_BYTES, MAX_RESPONSE_BYTES, MIB
 
 _log = logging.getLogger(__name__)
@@ -25,16 +26,29 @@ _log = logging.getLogger(__name__)
 MAX_OUTPUT: Final = MAX_MOUNT_BYTES
 # Bytes of what they are given: Vault's largest response, of which a child holds a few copies on its way.
 MAX_INPUT: Final = MAX_RESPONSE_BYTES
-# Mounts whose programs run at one time: of those that all ended when they were last run, so that a node's boot goes on;
-# and of those that did not or never ran, so that these keep nobody else waiting.
-MAX_AT_ONCE: Final = 2
-MAX_UNPROVEN_AT_ONCE: Final = 1
-# Programs of which it is known whether they end.
-MAX_KNOWN: Final = 5000
+# Mounts whose programs run at one time with the small allowance; of those, the ones whose programs are not known to get
+# along with it; of those again, the ones of owners some of whose programs lately did not. So neither what is known nor
+# what is new waits for what others write that does not end.
+SMALL_PLACES: Final = 4
+SMALL_STRANGERS: Final = 3
+SMALL_SUSPECTS: Final = 2
+# Mounts whose programs run at one time with the full allowance. All together take no more memory than three of them.
+FULL_PLACES: Final = 2
+# Seconds for which an owner is remembered for a program that took too long.
+SUSPECT_SECONDS: Final = 60.0
 # Seconds for the worker to start and load its languages, on a node that boots; and for a child to end by itself, whose
 # own time the kernel keeps.
 START_SECONDS: Final = 15.0
-ANSWER_SECONDS: Final = WALL_SECONDS + 0.15
+ENDING_SECONDS: Final = 0.15
+# Seconds that a child with the full allowance is to have, so that it can use its second of the processor: what would
+# have less, since it waited, is not run.
+LEAST_SECONDS: Final = 1.3
+# Seconds after which what waits with, or behind, endless programs of its own owner is told so, rather than tried.
+PATIENCE_SECONDS: Final = 1.5
+# Seconds for which what did not end is not tried again: of what kubelet asks for again and again, less is a load.
+RETRY_SECONDS: Final = 30.0
+# Owners of whom it is known when a program of theirs last took too long.
+MAX_OWNERS: Final = 1000
 
 _ROOT: Final = str(Path(__file__).resolve().parent.parent.parent)
 _CODE: Final = f"import sys; sys.path.insert(0, {_ROOT!r}); from provider.sandbox.worker import main; main()"
@@ -96,6 +110,35 @@ class WorkerLost(Exception):
     """The worker ended while a request was under way."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Programs that run together, on behalf of ``owner``, since ``began`` in the loop's time."""
+
+    owner: str
+    programs: Sequence[Program]
+    texts: Sequence[bytes]
+    wanted: str
+    request: bytes = field(repr=False)
+    began: float
+
+    def all(self, failure: Failure) -> list[Result]:
+        return [failure] * len(self.programs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a child answered, in how many seconds, and of how many that it had."""
+
+    received: bytes = field(repr=False)
+    seconds: float
+    wall: float
+
+    @property
+    def starved(self) -> bool:
+        """Whether what did not end had too little of the processor."""
+        return self.seconds >= 0.95 * self.wall
+
+
 class Sandbox:
     """Runs programs, those of one call in one process that ends with them."""
 
@@ -103,54 +146,101 @@ class Sandbox:
         self._control: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
-        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
-        self._unproven_turns = asyncio.Semaphore(MAX_UNPROVEN_AT_ONCE)
-        # Whether a program ended when it was last run, by a digest of its text.
-        self._ends: OrderedDict[bytes, bool] = OrderedDict()
+        self._small = Lane(
+            SMALL_PLACES, strangers=SMALL_STRANGERS, suspects=SMALL_SUSPECTS, suspect=lambda owner: self._suspect(owner)
+        )
+        self._full = Lane(FULL_PLACES, strangers=FULL_PLACES)
+        self._paces = Paces()
+        # When a program of an owner last took too long, in the loop's time.
+        self._exceeded: OrderedDict[str, float] = OrderedDict()
 
-    async def run(self, programs: Sequence[Program]) -> list[Result]:
+    async def run(self, programs: Sequence[Program], owner: str) -> list[Result]:
         """The result of each program; they share one second of CPU, one allowance of memory and one of output.
 
-        Programs that did not end when they were last run, wherever that was, or that never ran, are run one mount at a
-        time, and no other program waits for them; the former are put off where one runs.
+        ``owner`` is who answers for them, a namespace. What does not get along with the small allowance is run again
+        with the full one, where others like it run; so no other program waits for one that does not end.
 
         Raises ProviderError where the worker cannot be started.
         """
         request = await asyncio.to_thread(_request, programs)
         if request is None or len(request) > MAX_INPUT:
             return [_TOO_MUCH] * len(programs)
-        wanted = _languages(programs)
         texts = [_text_digest(program) for program in programs]
-        proven = all(self._ends.get(text, False) for text in texts)
-        occupied = self._unproven_turns.locked()
-        if occupied and not self._hopeful(texts):
-            return [_PUT_OFF] * len(programs)
-        async with self._turns if proven else self._unproven_turns:
+        with contextlib.suppress(WorkerLost):  # told below, where it is tried again
+            await self._worker()
+        call = _Call(owner, programs, texts, _languages(programs), request, _now())
+        if self._pace(call) <= Pace.NEW:
+            results = await self._run_quickly(call)
+            if results is not None:
+                return results
+        return await self._run_fully(call)
+
+    async def _run_quickly(self, call: _Call) -> list[Result] | None:
+        """The results with the small allowance; None where they take the full one."""
+        suspect = self._suspect(call.owner)
+        seconds = PATIENCE_SECONDS if suspect else None
+        async with self._small.place(call.owner, lambda: self._pace(call) is Pace.QUICK, seconds=seconds) as granted:
             # A Deployment's pods come with one text: the first of them has told while the others waited.
-            if occupied and not self._hopeful(texts):
-                return [_PUT_OFF] * len(programs)
-            for last in (False, True):
-                try:
-                    results = _results(await self._ask(wanted, request), programs)
-                    self._note(texts, results)
-                    return results
-                except WorkerLost:
-                    if last:
-                        break
-        raise ProviderError(
-            "the process that runs templates and expressions does not start", "look at the node's memory"
-        )
+            if granted and self._pace(call) > Pace.NEW:
+                return None
+            waited = _now() - call.began
+            if not granted or (waited > PATIENCE_SECONDS and self._last_exceeded(call.owner) >= call.began):
+                return call.all(_PUT_OFF)
+            if suspect:
+                run = await self._ask(call, SUSPECT, max(0.1, WALL_SECONDS - waited))
+            else:
+                run = await self._ask(call, SMALL, WALL_SECONDS)
+            results = _results(run.received, call.programs, _STARVED)
+            if _STARVED in results and run.starved:
+                return results
+            too_little = [result in (_STARVED, _NO_MEMORY) for result in results]
+            self._note(call, results, too_little, Pace.QUICK, Pace.OVER)
+            return None if any(too_little) else results
 
-    def _hopeful(self, texts: Sequence[bytes]) -> bool:
-        return all(self._ends.get(text, True) for text in texts)
+    async def _run_fully(self, call: _Call) -> list[Result]:
+        pace, now = self._pace(call), _now()
+        if pace is Pace.ENDLESS and not (
+            self._full.idle and now - self._paces.endless_since(call.owner, call.texts) > RETRY_SECONDS
+        ):
+            return call.all(_PUT_OFF)
+        ends = pace is Pace.LONG  # what ended before is waited for, and may take its time
+        until = call.began + WALL_SECONDS
+        seconds = None if ends else max(0.0, until - LEAST_SECONDS - now)
+        async with self._full.place(call.owner, lambda: self._pace(call) is Pace.LONG, seconds=seconds) as granted:
+            if not granted or (pace is not Pace.ENDLESS and self._pace(call) is Pace.ENDLESS):
+                return call.all(_PUT_OFF)
+            run = await self._ask(call, FULL, WALL_SECONDS if ends else max(0.1, until - _now()))
+            late = run.seconds >= 0.9 * FULL.cpu
+            results = _results(run.received, call.programs, _STARVED if run.starved else _ENDLESS if late else _CRASHED)
+            too_little = [result in (_STARVED, _ENDLESS, _CRASHED) for result in results]
+            self._note(call, results, too_little, Pace.LONG, Pace.OVER if run.starved else Pace.ENDLESS)
+            return results
 
-    def _note(self, texts: Sequence[bytes], results: Sequence[Result]) -> None:
-        for text, result in zip(texts, results, strict=True):
-            if result is not _NOT_RUN:
-                self._ends[text] = result not in (_ENDLESS, _CRASHED)
-                self._ends.move_to_end(text)
-        while len(self._ends) > MAX_KNOWN:
-            self._ends.popitem(last=False)
+    def _suspect(self, owner: str) -> bool:
+        return _now() - self._last_exceeded(owner) < SUSPECT_SECONDS
+
+    def _last_exceeded(self, owner: str) -> float:
+        return self._exceeded.get(owner, float("-inf"))
+
+    def _pace(self, call: _Call) -> Pace:
+        return self._paces.worst(call.owner, call.texts)
+
+    def _note(
+        self, call: _Call, results: Sequence[Result], too_little: Sequence[bool], ended: Pace, exceeded: Pace
+    ) -> None:
+        """Remember how the programs ran: ``exceeded`` those that had ``too_little``, and ``ended`` the others."""
+        now = _now()
+        for text, result, exceeds in zip(call.texts, results, too_little, strict=True):
+            if exceeds:
+                self._paces.note(call.owner, text, exceeded, now)
+                self._exceeded[call.owner] = now
+                self._exceeded.move_to_end(call.owner)
+            elif result is not _NOT_RUN:
+                # What is quick stays so, whatever it ran beside.
+                quick = self._paces.worst(call.owner, [text]) is Pace.QUICK
+                self._paces.note(call.owner, text, Pace.QUICK if quick else ended, now)
+        while len(self._exceeded) > MAX_OWNERS:
+            self._exceeded.popitem(last=False)
 
     async def close(self) -> None:
         """End the worker. Children that still run end by their own time."""
@@ -166,13 +256,21 @@ class Sandbox:
                 process.kill()
                 await process.wait()
 
-    async def _ask(self, wanted: bytes, request: bytes) -> tuple[bytes, bool]:
-        """The frames that came, and whether time ran out before the end of them. Raises WorkerLost."""
+    async def _ask(self, call: _Call, allowance: Allowance, wall: float) -> _Run:
+        """What a child answers, the second one where the worker was lost with the first. Raises ProviderError."""
+        for _ in range(2):
+            with contextlib.suppress(WorkerLost):
+                return await self._ask_once(call, allowance, wall)
+        raise ProviderError(
+            "the process that runs templates and expressions does not start", "look at the node's memory"
+        )
+
+    async def _ask_once(self, call: _Call, allowance: Allowance, wall: float) -> _Run:
         control = await self._worker()
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                socket.send_fds(control, [wanted], [theirs.fileno()])
+                socket.send_fds(control, [order(call.wanted, allowance, wall)], [theirs.fileno()])
             ours.setblocking(False)
             reader, writer = await asyncio.open_connection(sock=ours)
         except BaseException as error:
@@ -184,7 +282,9 @@ class Sandbox:
             async with asyncio.timeout(START_SECONDS):
                 started = await reader.read(1)
             if started == STARTED:
-                return await _exchange(reader, writer, request)
+                began = _now()
+                received = await _exchange(reader, writer, call.request, wall + ENDING_SECONDS)
+                return _Run(received, _now() - began, wall)
         except (OSError, TimeoutError):
             pass
         finally:
@@ -226,28 +326,34 @@ async def _start(control: socket.socket) -> asyncio.subprocess.Process:
         )
 
 
-async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[bytes, bool]:
+async def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes, seconds: float
+) -> bytes:
+    """The frames that came."""
     received = bytearray()
-    began = asyncio.get_running_loop().time()
     with contextlib.suppress(TimeoutError, OSError):
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(seconds):
             writer.write(request)
             writer.write_eof()
             # A child that has broken out of its language writes what it likes.
             while (chunk := await reader.read(1 << 18)) and len(received) <= 2 * MAX_OUTPUT:
                 received += chunk
-    return bytes(received), asyncio.get_running_loop().time() - began >= 0.9 * CPU_SECONDS
+    return bytes(received)
 
 
-def _languages(programs: Sequence[Program]) -> bytes:
-    """What the worker must have loaded: ``T`` for templates, ``J`` for JMESPath."""
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _languages(programs: Sequence[Program]) -> str:
+    """What the worker must have loaded, as ``order`` takes it."""
     templates = any(isinstance(program, Check | Rendering) for program in programs)
     expressions = any(
         isinstance(program, Expression)
         or (isinstance(program, Rendering) and any(found is not None for _, found in program.sources.values()))
         for program in programs
     )
-    return b"T" * templates + b"J" * expressions
+    return "T" * templates + "J" * expressions
 
 
 def _text_digest(program: Program) -> bytes:
@@ -294,9 +400,8 @@ def _request(programs: Sequence[Program]) -> bytes | None:
         return None
 
 
-def _results(answer: tuple[bytes, bool], programs: Sequence[Program]) -> list[Result]:
-    """A result for each program. The one whose frame did not come is what ended the process."""
-    received, late = answer
+def _results(received: bytes, programs: Sequence[Program], cut: Failure) -> list[Result]:
+    """A result for each program; ``cut`` for the one whose frame did not come, which is what ended the process."""
     results: list[Result] = []
     at = 0
     while len(results) < len(programs):
@@ -307,7 +412,7 @@ def _results(answer: tuple[bytes, bool], programs: Sequence[Program]) -> list[Re
         results.append(_result(received[at : at + 1], payload.decode(errors="replace")))
         at += 5 + size
     if len(results) < len(programs):
-        results.append(_ENDLESS if late else _CRASHED)
+        results.append(cut)
         results += [_NOT_RUN] * (len(programs) - len(results))
     return results
 
@@ -325,7 +430,7 @@ def _result(kind: bytes, text: str) -> Result:
 
 
 _ENDLESS: Final = Failure(
-    f"it took more than {CPU_SECONDS} s of processor time, with those before it",
+    f"it took more than {FULL.cpu:g} s of processor time, with those before it",
     "look for a loop that does not end",
     final=False,
 )
@@ -337,8 +442,14 @@ _TOO_MUCH: Final = Failure(
     "use less of them",
 )
 _PUT_OFF: Final = Failure(
-    "it did not end when it was last run, and is put off while another runs that may not end",
-    "look for a loop that does not end",
+    f"it did not end within {SMALL.cpu:g} s of processor time, or ran behind what did not, and is put off while others "
+    "run that may not end",
+    "look for a loop that does not end; it is tried again when the volume is mounted again",
+    final=False,
+)
+_STARVED: Final = Failure(
+    f"it did not end within {WALL_SECONDS:g} s, in which it had less than {FULL.cpu:g} s of processor time",
+    "look for a loop that does not end, and at the node's load; it is tried again when the volume is mounted again",
     final=False,
 )
 _NOT_RUN: Final = Failure("it was not run, since one before it did not end", "see the first one", final=False)
@@ -348,12 +459,13 @@ _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
         "speaks of {name}, which is not defined",
         "check the name, or the secret: {{ x | default('') }} allows it",
     ),
+    "autoescape": ("sets autoescape to what has to be computed", "write true or false"),
     "include": ("uses another template, and there is none", "write it into this one"),
     "forbidden": ("reaches for what the sandbox keeps away", "use the secrets and filters alone"),
     "unwritable": ("has a value that {name}", "see the filters in the README"),
     "fails": ("fails with {name}", "check what it does with each secret"),
     "deep": ("is nested too deeply", "look for a macro that calls itself"),
-    "memory": (f"takes more than {MEMORY_BYTES // MIB} MiB of memory", "make it smaller"),
+    "memory": (f"takes more than {FULL.memory // MIB} MiB of memory", "make it smaller"),
     "output": (f"comes to more than {MAX_OUTPUT // MIB} MiB, with those before it", "make it smaller"),
     "text": ("comes to what is no text in UTF-8", "check the secrets' text"),
     "nothing": ("has nothing for the source {name}: its jmesPath finds null", "check jmesPath and the secret"),
@@ -376,3 +488,4 @@ def _failure(text: str) -> Failure:
 
 
 _NAMING: Final = frozenset({"undefined", "nothing"})
+_NO_MEMORY: Final = _failure('["memory", 0, ""]')

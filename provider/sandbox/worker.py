@@ -1,7 +1,7 @@
 """The process that runs programs out of classes: it forks once for each mount that has some, and bounds that child.
 
 It is started by exec with one socket and nothing else: no environment, no other descriptor, no secret. Over the socket
-come descriptors, each the end of a connection to one child: the child reads a request to its end, answers each program
+come orders, each with the end of a connection to one child: the child reads a request to its end, answers each program
 with a frame, and ends. What a program may take is enforced by the kernel (setrlimit, setitimer), which a program cannot
 talk to; the interpreter that it has broken, if it found a way, knows nothing of other pods and ends with it.
 
@@ -15,11 +15,13 @@ import base64
 import binascii
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -27,16 +29,36 @@ from typing import TYPE_CHECKING, Any, Final
 from provider.sandbox.quoting import Unwritable, compact, pem_blocks, property_value, shell_word, text_of, yaml_scalar
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Template, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Seconds of CPU time that the programs of one mount may take together, and of time until they end in any case.
+MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What the programs of one mount may take together: seconds of CPU time, and bytes over what an idle worker has."""
+
+    cpu: float
+    memory: int
+    niceness: int
+
+
+# What the programs of one mount may take together: seconds of CPU time, and bytes of memory over an idle worker's.
 CPU_SECONDS: Final = 1
+MEMORY_BYTES: Final = 64 * MIB
+# A daemon that has no time for anything else must still answer its driver: programs come after it, and those that take
+# long after the others.
+FULL: Final = Allowance(CPU_SECONDS, MEMORY_BYTES, 15)
+# What a program is first tried with, some ten times what most take. Whoever waits for one that does not end waits for
+# this at most.
+SMALL: Final = Allowance(0.1, 16 * MIB, 10)
+# The same for those of whose owner others took too long.
+SUSPECT: Final = replace(SMALL, niceness=FULL.niceness)
+# Seconds until a child ends in any case.
 WALL_SECONDS: Final = 1.8
-# Bytes of memory that they may take over what an idle worker has.
-MEMORY_BYTES: Final = 64 * 1024 * 1024
-# A daemon that has no time for anything else must still answer its driver: programs come after it.
-_NICENESS: Final = 10
+# Bytes of what asks for a child.
+MAX_ORDER: Final = 256
 # What a child says first: from here on its time is its own.
 STARTED: Final = b"+"
 # Characters of a name that is told.
@@ -68,16 +90,20 @@ def main() -> None:
                 os.close(number)
     control = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps children
+    # Nobody listens to these, so they end a child, wherever that is; the daemon's parent may have had them ignored.
+    for timer in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(timer, signal.SIG_DFL)
     _dump_no_core()
     while True:
-        wanted, descriptors, _, _ = socket.recv_fds(control, 16, 1)
-        if not wanted:
+        received, descriptors, _, _ = socket.recv_fds(control, MAX_ORDER, 1)
+        if not received:
             return
+        wanted, cpu, memory, niceness, wall = json.loads(received)
         # What the programs are written in is loaded here, once, and inherited by the children.
         _load(wanted)
         if not os.fork():
             control.close()
-            _serve(descriptors[0])
+            _serve(descriptors[0], Allowance(cpu, memory, niceness), wall)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -92,23 +118,28 @@ def _dump_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
-def _load(wanted: bytes) -> None:
+def order(wanted: str, allowance: Allowance, wall: float) -> bytes:
+    """What asks for a child: the languages it needs (``T`` templates, ``J`` JMESPath) and what it may take."""
+    return compact([wanted, allowance.cpu, allowance.memory, allowance.niceness, wall]).encode()
+
+
+def _load(wanted: str) -> None:
     """Import what a child will need; it can open no file. Some modules are imported only as an error is told."""
-    if b"T" in wanted and _environment is None:
+    if "T" in wanted and _environment is None:
         check("{% for x in names %}{{ x | json }}{% endfor %}", ["names"])
         for text in ("{{ 'a' ~ absent }}", "{% wrong %}", "{{ ''.__class__ }}"):
             with contextlib.suppress(Failed):
                 render(text, {}, 100)
-    if b"J" in wanted:
+    if "J" in wanted:
         evaluate("length(@)", [], parse=False)
 
 
-def _serve(descriptor: int) -> None:
+def _serve(descriptor: int, allowance: Allowance, wall: float) -> None:
     """The child: never returns."""
     try:
-        _bound()
         connection = socket.socket(fileno=descriptor)
         connection.sendall(STARTED)
+        _bound(allowance, wall)
         received = bytearray()
         while chunk := connection.recv(1 << 18):
             received += chunk
@@ -118,18 +149,20 @@ def _serve(descriptor: int) -> None:
         os._exit(0)
 
 
-def _bound() -> None:
+def _bound(allowance: Allowance, wall: float) -> None:
     # Where a container runs out of memory, a child is what ends first.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (used + allowance.memory, used + allowance.memory))
+    # The limit is kept in whole seconds, and cannot be undone; the timer is exact.
+    seconds = math.ceil(allowance.cpu)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    # Nobody listens to SIGALRM, so it ends the process, wherever that is.
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-    os.nice(_NICENESS)
+    signal.setitimer(signal.ITIMER_PROF, allowance.cpu)
+    signal.setitimer(signal.ITIMER_REAL, wall)
+    os.nice(allowance.niceness)
 
 
 # -- requests ------------------------------------------------------------------------------------------------------
@@ -279,8 +312,7 @@ def check(text: str, names: Sequence[str]) -> None:
     from jinja2 import meta, nodes
 
     made = environment()
-    _compiled(text)
-    tree = made.parse(text)
+    tree, _ = _compiled(text)
     for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
         raise Failed("include", node.lineno)
     # As meta.find_undeclared_variables does, which computes constants on its way.
@@ -294,11 +326,18 @@ def check(text: str, names: Sequence[str]) -> None:
         raise Failed("undefined", first.lineno, first.name)
 
 
-def _compiled(text: str) -> Template:
-    from jinja2 import TemplateSyntaxError
+def _compiled(text: str) -> tuple[nodes.Template, Template]:
+    """What the text says, and what does it. Raises Failed."""
+    from jinja2 import TemplateSyntaxError, nodes
 
+    made = environment()
     try:
-        return environment().from_string(text)
+        tree = made.parse(text)
+        for switch in tree.find_all(nodes.EvalContextModifier):
+            # Jinja2 would compute it as it reads the template, optimised or not.
+            if not all(isinstance(option.value, nodes.Const) for option in switch.options):
+                raise Failed("autoescape", switch.lineno)
+        return tree, made.from_string(tree)
     except TemplateSyntaxError as error:
         # Its text quotes the template, which is the class's.
         raise Failed("syntax", error.lineno, str(error.message)) from None
@@ -313,7 +352,7 @@ def render(text: str, sources: Mapping[str, Any], room: int) -> str:
     from jinja2 import UndefinedError
     from jinja2.exceptions import SecurityError
 
-    template = _compiled(text)
+    _, template = _compiled(text)
     parts: list[str] = []
     try:
         for part in template.generate(sources):
