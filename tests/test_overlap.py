@@ -285,7 +285,7 @@ async def test_token_that_may_not_renew_itself_lives_on_to_its_end() -> None:
         first = await node.mount(pod, *credential())
         await asyncio.sleep(0.75 * HOUR)
         (session,) = node.sessions.all()
-        assert session._tokens[0].usable(stage.clock.now())
+        assert session.view().token_left > 0
         again = await node.mount(pod, *credential())
         assert again != first
         assert stage.vault.lease_of(first["user"]) in stage.vault.live_leases()
@@ -299,7 +299,7 @@ async def test_session_that_ended_writes_nothing() -> None:
         await node.mount(pod, *credential())
         (session,) = node.sessions.all()
         await session.revoke()
-        session.file.changed = True
+        session._has.changed = True
         async with session.file.held():
             pass
         assert list(stage.state.glob("*.session")) == []

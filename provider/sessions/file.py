@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 from provider.clock import Clock
+from provider.sessions.holdings import Holdings
 from provider.sessions.snapshot import Snapshot, dump, load
 from provider.state import Entry, StateDir, StateUnusable
 
@@ -29,7 +30,7 @@ class _Holding:
 class SessionFile:
     """The file of one session, or nothing at all while ``state`` gives no directory.
 
-    ``adopt`` takes over what another daemon wrote; ``snapshot`` is what to write.
+    ``holdings`` adopt what another daemon wrote; ``snapshot`` is what to write once they changed.
     """
 
     def __init__(
@@ -37,23 +38,25 @@ class SessionFile:
         key: str,
         state: Callable[[], StateDir | None],
         clock: Clock,
-        *,
-        adopt: Callable[[Snapshot], None],
+        holdings: Holdings,
         snapshot: Callable[[], Snapshot],
     ) -> None:
-        self.changed = False
-        """Whether the session has something that its file does not hold."""
         self.generation = 0
         """The generation that was last read or written; 0 before the first."""
         self._key = key
         self._state = state
         self._clock = clock
-        self._adopt = adopt
+        self._holdings = holdings
         self._snapshot = snapshot
         self._ended = False
         self._gate = asyncio.Lock()
         self._holders = 0
         self._lock = contextlib.AsyncExitStack()
+
+    @property
+    def changed(self) -> bool:
+        """Whether it lacks something that the session has."""
+        return self._holdings.changed
 
     @property
     def in_use(self) -> bool:
@@ -66,7 +69,7 @@ class SessionFile:
         if store is None:
             return False
         found = store.generation(self._key)
-        self.changed |= found is None and self.generation > 0
+        self._holdings.changed |= found is None and self.generation > 0
         return found not in (None, self.generation)
 
     def held(self) -> _Holding:
@@ -101,7 +104,7 @@ class SessionFile:
 
     async def flush(self) -> None:
         """Write what changed, if anything did."""
-        if self.changed and not self._ended:
+        if self._holdings.changed and not self._ended:
             async with self.held():
                 pass
 
@@ -128,7 +131,7 @@ class SessionFile:
         entry = await store.load(self._key) if self.is_behind() else None
         if entry is not None:
             try:
-                self._adopt(load(entry.payload, self._clock))
+                self._holdings.adopt(load(entry.payload, self._clock))
             except ValueError as error:
                 store.set_aside(self._key, str(error))
             else:
@@ -136,12 +139,12 @@ class SessionFile:
 
     async def _write(self) -> None:
         store = self._state()
-        if store is None or not self.changed or self._ended:
+        if store is None or not self._holdings.changed or self._ended:
             return
-        self.changed = False
+        self._holdings.changed = False
         try:
             await store.save(self._key, Entry(self.generation + 1, dump(self._snapshot(), self._clock)))
         except StateUnusable:
-            self.changed = True  # tried again after the next mount or renewal
+            self._holdings.changed = True  # tried again after the next mount or renewal
         else:
             self.generation += 1

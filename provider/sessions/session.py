@@ -21,17 +21,16 @@ from typing import Any, Final, TypeVar
 from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
+from provider.sessions.holdings import Holdings
 from provider.sessions.lifetime import Lifetime, must_replace
-from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read, Volume
+from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read
 from provider.sessions.shared import SharedReads
-from provider.sessions.snapshot import Snapshot, merge
-from provider.settings import MAX_OBJECTS
+from provider.sessions.snapshot import Snapshot
 from provider.spc import Pod, SecretRequest
 from provider.state import StateDir
 from provider.telemetry.events import (
     Issued,
     Kind,
-    LeaseView,
     Renewal,
     Renewing,
     Revocation,
@@ -55,9 +54,6 @@ ANSWER_SECONDS: Final = 300.0
 RENEWAL_SECONDS: Final = 30.0
 # A token without an end, at a Vault that never answers, is not worth a task for ever.
 REVOCATION_SECONDS: Final = 86400.0
-
-# Requests that are remembered to have given nothing to keep; past it they are learnt anew.
-MAX_STATIC: Final = 4 * MAX_OBJECTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +91,10 @@ class Session:
         self._vault = vault
         self._around = around
         self._clock = around.clock
-        self._tokens: list[HeldToken] = []
-        self._kept: dict[SecretRequest, Kept] = {}
-        self._volumes: dict[str, Volume] = {}
-        self._static: set[SecretRequest] = set()
+        self._has = Holdings(around.clock, around.renew_percent)
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._policy_login_at = float("-inf")
-        # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
-        # together, and so found together to be at their maximum, instead of a lease being replaced once for each.
-        self._luck = random.random()
-        self._asked = True  # whether a volume, as far as is known, mounts under this identity
-        self.file = SessionFile(
-            identity.key,
-            around.state,
-            around.clock,
-            adopt=self.adopt,
-            snapshot=self._snapshot,
-        )
+        self.file = SessionFile(identity.key, around.state, around.clock, self._has, self._snapshot)
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
@@ -121,72 +104,43 @@ class Session:
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time.
         Where the login fails, all of them have the one error object in common.
         """
-        now = self.mounted_at = self._clock.now()
-        self._asked = True
-        if self._tokens and self.file.is_behind():
+        self.mounted_at = self._clock.now()
+        self._has.asked = True
+        if self._has.tokens and self.file.is_behind():
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
-        shown = self._volumes.get(volume) or Volume()
-        newest = self._tokens[-1].serial if self._tokens else -1
-        mount = _Mount(volume, newest, shown.interval(now), log_in, deadline)
+        began = self._has.newest.serial if self._has.newest else -1
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline)
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
-        void = [read for read in reads if self._void(read, answers[read])]
+        void = [read for read in reads if self._has.is_void(read, answers[read])]
         if void:
             answers |= await self._all(void, mount, at_hand)
-        issued = {read for read in reads if self._is_issued(read)} if self._kept else frozenset[Read]()
-        return Fetched(answers, at_hand, issued, self._tokens[-1].auth.accessor if self._tokens else "")
+        issued = {read for read in reads if self._has.is_issued(read)} if self._has.kept else frozenset[Read]()
+        return Fetched(answers, at_hand, issued, self._has.newest.auth.accessor if self._has.newest else "")
 
     def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
-        """The mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
-
-        Returns whether it was a re-mount.
-        """
-        now = self._clock.now()
-        shown = self._volumes.setdefault(volume, Volume())
-        again = shown.mounted_at is not None
-        shown.mounted(now)
-        remembered, shown.answers = shown.answers, {}
-        for read, secret in answers.items():
-            kept = self._kept.get(read.request)
-            if kept is not None and not read.fresh:
-                kept.volumes.add(volume)
-            elif read.refresh_after > 0 and not read.fresh:
-                before = remembered.get(read.request)
-                shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
-        self._drop(volume, keep={read.request for read in answers if not read.fresh})
+        """The mount of ``volume`` succeeded with ``answers``; returns whether it was a re-mount."""
+        again = self._has.settle(volume, answers)
         if not self._under_way:
-            self._forget_tokens()
+            self._has.forget_tokens()
         return again
 
     def forget(self, volume: str) -> None:
-        """Another session mounts ``volume`` now: nothing here is kept for it any more."""
-        self._volumes.pop(volume, None)
-        self._drop(volume, keep=frozenset())
-        self._asked = bool(self._volumes or self._kept)
+        """Another session mounts ``volume`` now."""
+        self._has.forget(volume)
 
     async def engine_of(self, path: str, deadline: float) -> EngineMount | None:
         """The secrets engine that serves ``path``, or None where that cannot be learnt by the deadline."""
-        if not self._tokens:
+        newest = self._has.newest
+        if newest is None:
             return None
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._around.shared.engine(self._vault, path, self._tokens[-1].auth.token, deadline)
+                return await self._around.shared.engine(self._vault, path, newest.auth.token, deadline)
         except TimeoutError:
             return None
-
-    def _drop(self, volume: str, keep: set[SecretRequest] | frozenset[SecretRequest]) -> None:
-        for request, kept in list(self._kept.items()):
-            if request not in keep and volume in kept.volumes:
-                kept.volumes.discard(volume)
-                if not kept.volumes:
-                    del self._kept[request]
-                self.file.changed = True
-
-    def _is_issued(self, read: Read) -> bool:
-        kept = self._kept.get(read.request)
-        return kept is not None and not kept.secret.leased and not read.fresh
 
     async def _all(self, reads: Sequence[Read], mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
         answers: Answers = {}
@@ -214,43 +168,19 @@ class Session:
             return None
         if (kept := self._wanted(read.request, mount)) is not None:
             return kept, Supply.KEPT
-        remembered = self._remembered(read, mount)
+        remembered = self._has.remembered(read, mount.volume)
         return None if remembered is None else (remembered, Supply.REMEMBERED)
 
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
             return self._task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
-        known = read.request in self._static and self._tokens and self._tokens[-1].usable(self._clock.now())
+        newest = self._has.newest
+        known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
 
     def _wanted(self, request: SecretRequest, mount: _Mount) -> VaultSecret | None:
-        """What is kept for ``request``, unless this mount must bring a fresh one."""
-        kept = self._kept.get(request)
-        now = self._clock.now()
-        if kept is None or not kept.lives(now):
-            return None
-        if (
-            must_replace(kept.life, kept.carrier, now, mount.interval, kept.percent)
-            and kept.token.serial <= mount.began
-        ):
-            return None
-        if mount.volume not in kept.volumes:
-            kept.volumes.add(mount.volume)
-            self.file.changed = True
-        return kept.secret
-
-    def _remembered(self, read: Read, mount: _Mount) -> VaultSecret | None:
-        """What was read for this volume less than ``refresh_after`` ago."""
-        volume = self._volumes.get(mount.volume)
-        secret, at = volume.answers.get(read.request, (None, 0.0)) if volume is not None else (None, 0.0)
-        return secret if self._clock.now() < at + read.refresh_after else None
-
-    def _void(self, read: Read, answer: VaultSecret | ProviderError) -> bool:
-        if isinstance(answer, ProviderError) or not answer.leased or read.fresh:
-            return False
-        kept = self._kept.get(read.request)
-        return kept is None or kept.secret is not answer or not kept.lives(self._clock.now())
+        return self._has.wanted(request, mount.volume, mount.interval, mount.began)
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
@@ -258,10 +188,12 @@ class Session:
         found = self._wanted(request, mount)  # another daemon may have left it in the state directory
         if found is not None:
             return found
-        old = self._kept.get(request)
+        old = self._has.kept.get(request)
         try:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
-            token = await self._token(mount, for_lease=old is not None or request not in self._static, replaced=old)
+            token = await self._token(
+                mount, for_lease=old is not None or not self._has.is_static(request), replaced=old
+            )
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
             if old is None or not old.lives(self._clock.now()):
@@ -300,7 +232,7 @@ class Session:
 
     async def _after_denial(self, token: HeldToken, mount: _Mount) -> HeldToken | None:
         """A token to try once more with after a 403, or None where the policies deny the read."""
-        newest = self._tokens[-1] if self._tokens else token  # a dead one may be forgotten already
+        newest = self._has.newest or token  # a dead one may be forgotten already
         if newest is not token and newest.serial > mount.began:
             return newest
         token.spend()
@@ -327,17 +259,13 @@ class Session:
         elif end is not None and await self._issued(request, token, mount):
             ttl, renewable = max(1.0, end - self._clock.wall()), False
         else:
-            if len(self._static) >= MAX_STATIC:
-                self._static.clear()
-            self._static.add(request)
-            if self._kept.pop(request, None) is not None:
-                self.file.changed = True
+            self._has.note_static(request)
             return
-        life = self._life(ttl, renewable=renewable)
-        old = self._kept.get(request)
+        life = self._has.begin(ttl, renewable=renewable)
+        old = self._has.kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
-        kept = self._kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
-        self.file.changed = True
+        kept = self._has.kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
+        self._has.changed = True
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
@@ -375,7 +303,7 @@ class Session:
         Where a lease is ``replaced`` since it could not outlive its token, the next one would end with it too.
         """
         now = self._clock.now()
-        token = self._tokens[-1] if self._tokens else None
+        token = self._has.newest
         if token is not None and token.usable(now):
             if not for_lease or token.serial > mount.began:
                 return token
@@ -389,10 +317,10 @@ class Session:
 
     async def _log_in(self, mount: _Mount) -> HeldToken:
         auth = await mount.log_in(mount.deadline)
-        life = self._life(auth.ttl, renewable=auth.renewable and not auth.num_uses)
+        life = self._has.begin(auth.ttl, renewable=auth.renewable and not auth.num_uses)
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
-        superseded, self._tokens = self._tokens, [*self._tokens, token]
-        self.file.changed = True
+        superseded, self._has.tokens = self._has.tokens, [*self._has.tokens, token]
+        self._has.changed = True
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
@@ -428,18 +356,16 @@ class Session:
 
     def next_renewal(self) -> float:
         """When ``renew`` has something to do, in the clock's time; infinite for never."""
-        tokens, leases = self._renewable()
-        lives = [token.life.renew_at for token in tokens] + [kept.life.renew_at for kept in leases]
-        return min(lives, default=math.inf)
+        return self._has.next_renewal()
 
     async def renew(self) -> None:
         """Renew what is due, tokens first: a lease lives at most as long as its token."""
         async with self.file.held():
-            tokens, _ = self._renewable()
+            tokens, _ = self._has.renewable()
             for token in tokens:
                 sure = "default" in token.auth.policies
                 await self._renew(token.life, token, self._vault.renew_token, sure=sure)
-            _, leases = self._renewable()
+            _, leases = self._has.renewable()
             await asyncio.gather(
                 *(
                     self._renew(
@@ -454,7 +380,7 @@ class Session:
             )
             for kept in leases:
                 if kept.life.ended or kept.token.life.ended:
-                    self._warn_if_short(kept, self._longest_interval(kept))
+                    self._warn_if_short(kept, self._has.longest_interval(kept))
 
     async def _renew(
         self,
@@ -471,7 +397,7 @@ class Session:
             return
         ttl, reason = 0.0, ""
         about = self._about() | {"path": path}
-        self.file.changed = True
+        self._has.changed = True
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
                 ttl = await ask(token.auth.token, *lease_id, life.granted, self._soon())
@@ -481,7 +407,7 @@ class Session:
                 life.refused()
             elif lease_id or not await self._lives(token):
                 life.gone(self._clock.now())
-            elif life.expires_at - self._clock.now() > self._notice():
+            elif life.expires_at - self._clock.now() > self._has.notice():
                 # The auth method may look at the pod's token again and not be able to just now: OpenBao's kubernetes
                 # method answers so while the API server is away. A re-mount could not log in either.
                 outcome = Renewing.UNANSWERED
@@ -507,8 +433,7 @@ class Session:
             _log.exception("renewal failed on a bug, trying again", extra=about)
         else:
             outcome = Renewing.RENEWED
-            percent = self._around.renew_percent
-            life.renewed(self._clock.now(), ttl, percent=percent, luck=self._luck, notice=self._notice())
+            self._has.renewed(life, ttl)
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
         self._around.telemetry.record(
             Renewal(
@@ -531,53 +456,21 @@ class Session:
         except (ProviderError, TimeoutError):
             return True
 
-    def _renewable(self) -> tuple[list[HeldToken], list[Kept]]:
-        """The tokens and the leases that renewal is about: the current token, and all on which something hangs.
-
-        What no volume asks for is let go, the token of a session that has none left too.
-        """
-        now = self._clock.now()
-        leases = [kept for kept in self._kept.values() if kept.secret.leased and kept.lives(now)]
-        needed = {id(kept.token) for kept in leases}
-        tokens = [
-            token
-            for number, token in enumerate(self._tokens, 1)
-            if token.usable(now) and (id(token) in needed or (self._asked and number == len(self._tokens)))
-        ]
-        return tokens, leases
-
-    def _life(self, ttl: float, *, renewable: bool) -> Lifetime:
-        percent = self._around.renew_percent
-        return Lifetime.start(
-            self._clock.now(), ttl, renewable=renewable, percent=percent, luck=self._luck, notice=self._notice()
-        )
-
-    def _notice(self) -> float:
-        """How long before an end it must be known that there is no renewal any more: two re-mounts can still come."""
-        return 2 * max((volume.shown_interval for volume in self._volumes.values()), default=0.0)
-
-    def _longest_interval(self, kept: Kept) -> float:
-        now = self._clock.now()
-        return max((self._volumes[name].interval(now) for name in kept.volumes if name in self._volumes), default=0.0)
+    # -- the end ---------------------------------------------------------------------------------------------------
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def holds_nothing(self) -> bool:
         """Whether all that it ever had at Vault is over, so that it can be dropped without a word."""
-        now = self._clock.now()
-        return (
-            not self._under_way
-            and not any(token.usable(now) for token in self._tokens)
-            and not any(kept.lives(now) for kept in self._kept.values())
-        )
+        return not self._under_way and self._has.over()
 
     def is_blank(self) -> bool:
         """Whether no login of it has ever succeeded and none is under way: it is not worth a place."""
-        return not (self._tokens or self._kept or self._volumes or self._under_way)
+        return not self._under_way and self._has.empty()
 
     def token_ttl(self) -> float:
         """The life that the current token was given, in seconds; 0 without a token or without an end."""
-        return self._tokens[-1].life.granted if self._tokens else 0.0
+        return self._has.newest.life.granted if self._has.newest else 0.0
 
     async def revoke(self) -> None:
         """The pod is gone: revoke all its tokens, and so all that it was given; then remove its file.
@@ -586,9 +479,8 @@ class Session:
         """
         self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
-        self._kept.clear()
-        self._volumes.clear()
-        await asyncio.gather(*map(self._revoke_surely, self._tokens))
+        self._has.clear()
+        await asyncio.gather(*map(self._revoke_surely, self._has.tokens))
         await self.file.remove()
 
     async def _revoke_surely(self, token: HeldToken) -> None:
@@ -617,7 +509,7 @@ class Session:
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         # The file first: a re-mount that comes at once must not take up what is being revoked.
         await self.file.remove()
-        for token in self._tokens:
+        for token in self._has.tokens:
             if not token.bears_leases and token.usable(self._clock.now()):
                 await self._revoke_once(token, "no room")
 
@@ -660,48 +552,32 @@ class Session:
         async with self.file.held():
             return await start()
 
-    # -- state -----------------------------------------------------------------------------------------------------
+    # -- what it is ------------------------------------------------------------------------------------------------
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Take over what a file holds."""
-        self._tokens, self._kept = merge(self._tokens, self._kept, snapshot)
+        self._has.adopt(snapshot)
 
     def _snapshot(self) -> Snapshot:
-        self._forget_tokens()
-        return Snapshot(self.identity, self.pod, self._tokens, list(self._kept.values()))
-
-    def _forget_tokens(self) -> None:
-        """Forget tokens that are over; no read may be under way under one of them."""
-        now = self._clock.now()
-        needed = {id(kept.token) for kept in self._kept.values()}
-        self._tokens = [token for token in self._tokens if token.usable(now) or id(token) in needed]
-
-    def _soon(self) -> float:
-        return asyncio.get_running_loop().time() + RENEWAL_SECONDS
+        self._has.forget_tokens()
+        return Snapshot(self.identity, self.pod, self._has.tokens, list(self._has.kept.values()))
 
     def view(self) -> SessionView:
         """The session as it is now, for people and for metrics."""
         now = self._clock.now()
-        tokens, leases = self._renewable()
-        token = self._tokens[-1] if self._tokens and self._tokens[-1].usable(now) else None
+        tokens, _ = self._has.renewable()
+        token = self._has.newest if self._has.newest and self._has.newest.usable(now) else None
         return SessionView(
             self._who(),
             token.auth.accessor if token else "",
             token.life.expires_at - now if token else 0.0,
             token is not None and token in tokens and math.isfinite(token.life.renew_at),
             now - self.mounted_at,
-            tuple(
-                LeaseView(
-                    kept.request.path,
-                    Kind.LEASED if kept.secret.leased else Kind.ISSUED,
-                    kept.secret.lease_id,
-                    kept.life.expires_at - now,
-                    kept in leases and math.isfinite(kept.life.renew_at),
-                )
-                for kept in self._kept.values()
-                if kept.lives(now)
-            ),
+            self._has.leases(),
         )
+
+    def _soon(self) -> float:
+        return asyncio.get_running_loop().time() + RENEWAL_SECONDS
 
     def _who(self) -> Who:
         return Who(self.pod, self.identity.login, self.identity.server, self.class_name)

@@ -1,0 +1,225 @@
+"""What a pod has under one identity, and what of it may be used, kept, renewed or forgotten. No request is sent here.
+
+Times are the clock's, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Set
+from typing import Final
+
+from provider.clock import Clock
+from provider.errors import ProviderError
+from provider.sessions.lifetime import Lifetime, must_replace
+from provider.sessions.model import HeldToken, Kept, Read, Volume
+from provider.sessions.snapshot import Snapshot, merge
+from provider.settings import MAX_OBJECTS
+from provider.spc import SecretRequest
+from provider.telemetry.events import Kind, LeaseView
+from provider.vault import VaultSecret
+
+# Requests that are remembered to have given nothing to keep; past it they are learnt anew.
+MAX_STATIC: Final = 4 * MAX_OBJECTS
+
+
+class Holdings:
+    """Tokens, the newest last; credentials that are kept; and volumes, by target path, that ask for them."""
+
+    def __init__(self, clock: Clock, renew_percent: float) -> None:
+        self.tokens: list[HeldToken] = []
+        self.kept: dict[SecretRequest, Kept] = {}
+        self.changed = False
+        """Whether there is something that the session's file does not hold."""
+        self.asked = True
+        """Whether a volume, as far as is known, mounts under this identity."""
+        self._volumes: dict[str, Volume] = {}
+        self._static: set[SecretRequest] = set()
+        self._clock = clock
+        self._percent = renew_percent
+        # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
+        # together, and so found together to be at their maximum, instead of a lease being replaced once for each.
+        self._luck = random.random()
+
+    @property
+    def newest(self) -> HeldToken | None:
+        """The token that came last, whether it lives or not."""
+        return self.tokens[-1] if self.tokens else None
+
+    # -- for a mount -----------------------------------------------------------------------------------------------
+
+    def interval(self, volume: str) -> float:
+        """The time between two mounts of ``volume`` that it has shown, the one that begins now included."""
+        return (self._volumes.get(volume) or Volume()).interval(self._clock.now())
+
+    def wanted(self, request: SecretRequest, volume: str, interval: float, began: int) -> VaultSecret | None:
+        """What is kept for ``request``, unless this mount of ``volume`` must bring a fresh one.
+
+        ``began`` is the serial of the newest token when the mount began: what came under a later one is fresh.
+        """
+        kept = self.kept.get(request)
+        now = self._clock.now()
+        if kept is None or not kept.lives(now):
+            return None
+        if must_replace(kept.life, kept.carrier, now, interval, kept.percent) and kept.token.serial <= began:
+            return None
+        if volume not in kept.volumes:
+            kept.volumes.add(volume)
+            self.changed = True
+        return kept.secret
+
+    def remembered(self, read: Read, volume: str) -> VaultSecret | None:
+        """What was read for ``volume`` less than ``refresh_after`` ago."""
+        shown = self._volumes.get(volume)
+        secret, at = shown.answers.get(read.request, (None, 0.0)) if shown is not None else (None, 0.0)
+        return secret if self._clock.now() < at + read.refresh_after else None
+
+    def is_void(self, read: Read, answer: VaultSecret | ProviderError) -> bool:
+        """Whether a lease that was handed out for ``read`` has turned out to be dead since."""
+        if isinstance(answer, ProviderError) or not answer.leased or read.fresh:
+            return False
+        kept = self.kept.get(read.request)
+        return kept is None or kept.secret is not answer or not kept.lives(self._clock.now())
+
+    def is_issued(self, read: Read) -> bool:
+        """Whether what is kept for ``read`` is a certificate."""
+        kept = self.kept.get(read.request)
+        return kept is not None and not kept.secret.leased and not read.fresh
+
+    def is_static(self, request: SecretRequest) -> bool:
+        """Whether ``request`` is known to give nothing to keep."""
+        return request in self._static
+
+    def note_static(self, request: SecretRequest) -> None:
+        """``request`` gave nothing to keep."""
+        if len(self._static) >= MAX_STATIC:
+            self._static.clear()
+        self._static.add(request)
+        if self.kept.pop(request, None) is not None:
+            self.changed = True
+
+    def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
+        """A mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
+
+        Returns whether it was a re-mount.
+        """
+        now = self._clock.now()
+        shown = self._volumes.setdefault(volume, Volume())
+        again = shown.mounted_at is not None
+        shown.mounted(now)
+        remembered, shown.answers = shown.answers, {}
+        for read, secret in answers.items():
+            kept = self.kept.get(read.request)
+            if kept is not None and not read.fresh:
+                kept.volumes.add(volume)
+            elif read.refresh_after > 0 and not read.fresh:
+                before = remembered.get(read.request)
+                shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
+        self._drop(volume, keep={read.request for read in answers if not read.fresh})
+        return again
+
+    def forget(self, volume: str) -> None:
+        """Another session mounts ``volume`` now: nothing here is kept for it any more."""
+        self._volumes.pop(volume, None)
+        self._drop(volume, keep=frozenset())
+        self.asked = bool(self._volumes or self.kept)
+
+    def _drop(self, volume: str, keep: Set[SecretRequest]) -> None:
+        for request, kept in list(self.kept.items()):
+            if request not in keep and volume in kept.volumes:
+                kept.volumes.discard(volume)
+                if not kept.volumes:
+                    del self.kept[request]
+                self.changed = True
+
+    # -- for renewal -----------------------------------------------------------------------------------------------
+
+    def renewable(self) -> tuple[list[HeldToken], list[Kept]]:
+        """The tokens and the leases that renewal is about: the current token, and all on which something hangs.
+
+        What no volume asks for is let go, the token of a session that has none left too.
+        """
+        now = self._clock.now()
+        leases = [kept for kept in self.kept.values() if kept.secret.leased and kept.lives(now)]
+        needed = {id(kept.token) for kept in leases}
+        tokens = [
+            token
+            for number, token in enumerate(self.tokens, 1)
+            if token.usable(now) and (id(token) in needed or (self.asked and number == len(self.tokens)))
+        ]
+        return tokens, leases
+
+    def next_renewal(self) -> float:
+        """When something is to be renewed; infinite for never."""
+        tokens, leases = self.renewable()
+        lives = [token.life.renew_at for token in tokens] + [kept.life.renew_at for kept in leases]
+        return min(lives, default=math.inf)
+
+    def begin(self, ttl: float, *, renewable: bool) -> Lifetime:
+        """The life of what Vault gave just now for ``ttl`` seconds."""
+        return Lifetime.start(
+            self._clock.now(),
+            ttl,
+            renewable=renewable,
+            percent=self._percent,
+            luck=self._luck,
+            notice=self.notice(),
+        )
+
+    def renewed(self, life: Lifetime, ttl: float) -> None:
+        """Vault gave ``life`` another ``ttl`` seconds."""
+        life.renewed(self._clock.now(), ttl, percent=self._percent, luck=self._luck, notice=self.notice())
+
+    def notice(self) -> float:
+        """How long before an end it must be known that there is no renewal any more: two re-mounts can still come."""
+        return 2 * max((volume.shown_interval for volume in self._volumes.values()), default=0.0)
+
+    def longest_interval(self, kept: Kept) -> float:
+        """The time between two mounts of that of its volumes which is mounted most rarely."""
+        now = self._clock.now()
+        return max((self._volumes[name].interval(now) for name in kept.volumes if name in self._volumes), default=0.0)
+
+    # -- as a whole ------------------------------------------------------------------------------------------------
+
+    def empty(self) -> bool:
+        """Whether there was never anything."""
+        return not (self.tokens or self.kept or self._volumes)
+
+    def over(self) -> bool:
+        """Whether nothing of it lives at Vault."""
+        now = self._clock.now()
+        return not any(token.usable(now) for token in self.tokens) and not any(
+            kept.lives(now) for kept in self.kept.values()
+        )
+
+    def clear(self) -> None:
+        """Forget all but the tokens."""
+        self.kept.clear()
+        self._volumes.clear()
+
+    def forget_tokens(self) -> None:
+        """Forget tokens that are over; no read may be under way under one of them."""
+        now = self._clock.now()
+        needed = {id(kept.token) for kept in self.kept.values()}
+        self.tokens = [token for token in self.tokens if token.usable(now) or id(token) in needed]
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Take over what a file holds."""
+        self.tokens, self.kept = merge(self.tokens, self.kept, snapshot)
+
+    def leases(self) -> tuple[LeaseView, ...]:
+        """Each credential that is kept and lives, for people and for metrics."""
+        now = self._clock.now()
+        _, renewable = self.renewable()
+        return tuple(
+            LeaseView(
+                kept.request.path,
+                Kind.LEASED if kept.secret.leased else Kind.ISSUED,
+                kept.secret.lease_id,
+                kept.life.expires_at - now,
+                kept in renewable and math.isfinite(kept.life.renew_at),
+            )
+            for kept in self.kept.values()
+            if kept.lives(now)
+        )
