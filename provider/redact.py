@@ -20,10 +20,13 @@ _CREDENTIAL: Final = re.compile(
     r"|(?<![A-Za-z0-9.-])[sbr]\.[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_-]+)?"
 )
 
-# C0, DEL, C1 and the Unicode line and direction controls: whoever names a file or a role must not be able to
-# start a line of our log, nor to recolour the terminal of whoever reads it.
+# Unicode's controls, line ends, surrogates and format characters, which show nothing and change how what is around them
+# looks: whoever names a file or a role must not be able to start a line of our log, to recolour the terminal of whoever
+# reads it, nor to turn the order of its words. Source: categories Cc, Cf, Cs, Zl and Zp of Unicode 15.1
 _CONTROL: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890-\u0891\u08e2\u180e\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]"
 )
 
 # Names of the usual letters are most of what is made safe. Nothing above is in one of these, unless "eyJ" is.
@@ -73,5 +76,10 @@ def one_line(text: str, limit: int = 512) -> str:
     # Cut before the expressions run: the text may be a tenant's, or a load balancer's page of HTML. The margin
     # keeps a credential that straddles the cut recognisable.
     clean = _CREDENTIAL.sub(MASK, text[: limit + 4096])
-    clean = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", clean)
+    clean = _CONTROL.sub(_escape, clean)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def _escape(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

@@ -110,7 +110,21 @@ def test_controls_are_escaped() -> None:
     """Line ends, terminal sequences, direction marks and lone surrogates are shown as escapes; other scripts stay."""
     assert one_line("a\nb\r\t\x1b[31m\x00\x7f\x85") == "a\\u000ab\\u000d\\u0009\\u001b[31m\\u0000\\u007f\\u0085"
     assert one_line("\u2028\u202e\u2066\u200b\ufeff\ud800") == "\\u2028\\u202e\\u2066\\u200b\\ufeff\\ud800"
+    assert one_line("\U000e0041a") == "\\U000e0041a"
     assert one_line("é€𝄞 \"'\\") == "é€𝄞 \"'\\"
+
+
+def test_no_character_that_shows_nothing_is_left() -> None:
+    """Every control, format, line-end and surrogate character of Unicode is escaped, and no other one is."""
+    for number in range(0x110000):
+        character = chr(number)
+        hidden = unicodedata.category(character) in HIDDEN
+        # A later Unicode than this Python's may have made more of them.
+        if hidden or unicodedata.category(character) != "Cn":
+            assert (one_line(character) != character) is hidden, hex(number)
+
+
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 @given(st.text(), st.integers(1, 80))
@@ -118,7 +132,7 @@ def test_a_line_is_one_line_and_short(text: str, limit: int) -> None:
     """Whatever the text, the result has no more characters than the limit and none that a terminal would act on."""
     line = one_line(text, limit)
     assert len(line) <= limit
-    assert not {"Cc", "Cs", "Zl", "Zp"} & {unicodedata.category(character) for character in line}
+    assert not HIDDEN & {unicodedata.category(character) for character in line}
     assert line.encode().decode() == line
 
 

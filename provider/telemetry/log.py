@@ -237,10 +237,16 @@ class _Json(logging.Formatter):
         return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
 
 
+def _told(value: object) -> str:
+    """A field's value as text: in quotes where it could pass for more fields than one."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(character in text for character in ' ="') else text
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head = f"{_time(record)} {_severity(record.levelno):8} {record.name}: {_message(record)}"
-        parts = [head, *(f"{name}={value}" for name, value in _fields(record))]
+        parts = [head, *(f"{name}={_told(value)}" for name, value in _fields(record))]
         if record.exc_info and record.exc_info[1] is not None:
             for told in _chain(record.exc_info[1]):
                 text = f": {told['message']}" if "message" in told else ""
