@@ -385,6 +385,16 @@ async def test_includes_and_excludes() -> None:
     [
         ("secretKey: '*', encoding: hex", {"a": "c4nary"}, 'the value from key "a" of GET b is not valid hex'),
         ("secretKey: '*', format: dotenv", {"a": {"b-c": "c4nary"}}, 'key "b-c" cannot be written as dotenv'),
+        (
+            "secretKey: '*', includes: ['(?:a?){1000}b']",
+            {"a" * 900 + str(number): "c4nary" for number in range(2000)},
+            "the pattern of includes and excludes takes more than 0.5 s of processor time for the keys of GET b",
+        ),
+        (
+            "secretKey: '*', excludes: ['^b']",
+            {"a" * 1025: "c4nary"},
+            'a…" of GET b, which is longer than 1024 characters',
+        ),
         ("format: toml", {"a": None, "b": "c4nary"}, 'key "a" cannot be written as toml: it is null'),
         ("format: yaml", {"a": "c4nary\ud800"}, "holds a character that is no Unicode text"),
         ("jmesPath: a", {"b": "c4nary"}, "jmesPath on GET b finds nothing"),

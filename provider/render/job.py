@@ -17,7 +17,6 @@ from provider.redact import one_line
 from provider.render.values import data_of, formatted, missing, object_name, value_of, written
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
-from provider.spc.expressions import regex
 from provider.spc.findings import Refused
 from provider.spc.model import AllKeys, Format, ObjectSpec, Pkcs12, SingleValue, Template, Whole
 
@@ -173,7 +172,6 @@ def _outcome(spec: ObjectSpec, result: Result) -> bytes:
 
 
 def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]) -> Files:
-    includes, excludes = [regex(text) for text in shape.includes], [regex(text) for text in shape.excludes]
     prefix = "" if spec.name == "." else f"{spec.name}/"
     if len(data) > MAX_KEYS:
         raise BadSecret(
@@ -181,11 +179,8 @@ def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]
             "name the keys that are needed by secretKey, or split the secret",
         )
     files, wrong, size = [], [], 0
-    for key, value in sorted(data.items()):
-        # A key that is no Unicode text is no file's name, and no engine could look into it.
-        known = key.encode("utf-8", "replace").decode()
-        if any(found(known) for found in excludes) or (includes and not any(found(known) for found in includes)):
-            continue
+    for key in _wanted(spec, shape, data):
+        value = data[key]
         problem = _not_a_name(prefix, key)
         if problem:
             wrong.append(f'"{one_line(key, 80)}" {problem}')
@@ -212,6 +207,23 @@ def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]
             spec, f"no key of {spec.request} is left (it has {count})", "check includes, excludes and secretPath"
         )
     return tuple(files)
+
+
+def _wanted(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]) -> list[str]:
+    from provider.render import matching
+
+    told = ""
+    try:
+        return matching.wanted(sorted(data), shape.includes, shape.excludes)
+    except matching.TooSlow:
+        told = f"takes more than {matching.MATCH_SECONDS:g} s of processor time for the keys of {spec.request}"
+    except matching.TooLong as error:
+        key = one_line(error.key, 80)
+        told = f'is not tried on the key "{key}" of {spec.request}, which is longer than {matching.MAX_KEY} characters'
+    raise BadSecret(
+        f"{object_name(spec)}: the pattern of includes and excludes {told}",
+        "write fewer and simpler expressions, or split the secret",
+    )
 
 
 def _not_a_name(prefix: str, key: str) -> str:
