@@ -251,10 +251,14 @@ async def test_state_is_that_of_the_scrape() -> None:
             LeaseView("p", Kind.ISSUED, "", 50.0, renewed=False),
             LeaseView("p", Kind.LEASED, "l", 200.0, renewed=True),
         ),
+        _view(
+            LeaseView("p", Kind.LEASED, "l", 900.0, renewed=True),
+            LeaseView("p", Kind.LEASED, "l", 900.0, renewed=False),
+        ),
     ]
     scrape = await told.scrape()
-    assert scrape.value("vault_csi_sessions") == 2
-    assert scrape.value("vault_csi_leases", secret_type="leased") == 3
+    assert scrape.value("vault_csi_sessions") == 3
+    assert scrape.value("vault_csi_leases", secret_type="leased") == 5
     assert scrape.value("vault_csi_leases", secret_type="issued") == 1
     assert scrape.value("vault_csi_lease_earliest_end_seconds", renewal="over") == 50
     assert scrape.value("vault_csi_lease_earliest_end_seconds", renewal="due") == 200
@@ -299,6 +303,18 @@ async def test_pods_whose_mounts_fail_are_named_while_they_do() -> None:
     assert scrape.value("vault_csi_failing_volumes") == 3
     told.tell(mounted({"a": "1"}), mounted({"a": "1"}, target="/other"))
     assert [labels["pod_name"] for labels in (await told.scrape()).labels(name)] == ["new"]
+
+
+async def test_pods_that_have_been_failing_longest_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not all can be named, it is those with the volume that has been failing longest."""
+    monkeypatch.setattr(metrics, "MAX_FAILING", 1)
+    told = Told()
+    for name, target in (("old", "/first"), ("new", "/t"), ("old", "/second")):
+        told.tell(refused(name=name, target=target))
+        told.clock.time += 10
+    scrape = await told.scrape()
+    assert scrape.values("vault_csi_volume_failing_seconds", pod_name="old") == [30]
+    assert scrape.values("vault_csi_volume_failing_seconds", pod_name="new") == []
 
 
 async def test_vault_that_answers_again_is_away_no_more() -> None:
