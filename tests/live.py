@@ -209,13 +209,23 @@ def class_of(role: str, *objects: str) -> dict[str, str]:
 
 def credential(mounted: MountOutcome) -> tuple[str, str]:
     """The username and password that the volume holds at one moment."""
+    files = contents(mounted)
+    return files["db-username"], files["db-password"]
+
+
+def contents(mounted: MountOutcome) -> dict[str, str]:
+    """All that the volume holds at one moment, by name."""
     for _ in range(SWAPS):
         # Of one directory, whatever the driver swaps in meanwhile; it deletes the old one, so that is tried again.
         with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
             directory = os.open(mounted.target / "..data", os.O_RDONLY | os.O_DIRECTORY)
             opened.callback(os.close, directory)
-            return _read_in(directory, "db-username"), _read_in(directory, "db-password")
-    raise StandError(f"no credential in {mounted.target}")
+            names = os.listdir(directory)
+            found = {name: _read_in(directory, name) for name in names}
+            # A directory that is being deleted may have lost files before they were listed.
+            if os.path.samestat(os.fstat(directory), (mounted.target / "..data").stat()):
+                return found
+    raise StandError(f"no files in {mounted.target}")
 
 
 def _read_in(directory: int, name: str) -> str:

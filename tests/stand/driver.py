@@ -89,10 +89,13 @@ class Driver:
     """A driver with one connection of its own to the provider's socket, used as a context manager.
 
     Volumes without a `target_path` go to a temporary directory that ends with the driver. `timeout` is the
-    deadline of a call in seconds, by default kubelet's.
+    deadline of a call in seconds, by default kubelet's. `longest_redial` compresses gRPC's pauses, which grow to two
+    minutes while nobody answers, to so many seconds: for providers that live as shortly.
     """
 
-    def __init__(self, socket_path: Path | str, *, timeout: float = KUBELET_DEADLINE) -> None:
+    def __init__(
+        self, socket_path: Path | str, *, timeout: float = KUBELET_DEADLINE, longest_redial: float = 120.0
+    ) -> None:
         self.timeout = timeout
         self._volumes = Path(tempfile.mkdtemp(prefix="stand-csi-"))
         self._channel = grpc.insecure_channel(
@@ -103,6 +106,7 @@ class Driver:
                 ("grpc.service_config", _SERVICE_CONFIG),
                 # Without it, all channels of a process to one address share one connection.
                 ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.max_reconnect_backoff_ms", int(longest_redial * 1000)),
             ],
         )
         self._stub = service_pb2_grpc.CSIDriverProviderStub(self._channel)

@@ -31,12 +31,16 @@ MAYBE_IN_PROGRESS = frozenset(
 """What a provider must never answer with (docs/contract.md section 1)."""
 
 
+_REDIAL = 1.0
+"""Seconds; the least that gRPC waits by itself."""
+
+
 class Kubelet:
     """Mounts for the pods of a node, used as a context manager; for one thread, which has a connection of its own.
 
     `patience` is how long, in seconds, a volume may go on failing before StandError says that it failed for good.
     `longest_backoff` compresses kubelet's. With `restarts`, the daemon ends at any moment, so that a call may come to
-    UNAVAILABLE by itself.
+    UNAVAILABLE by itself, and gRPC's own pauses are compressed too.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Kubelet:
         self.failures: list[str] = []
         """What the others were answered."""
         self._cluster = cluster
-        self._driver = Driver(daemon.socket)
+        self._driver = Driver(daemon.socket, longest_redial=_REDIAL) if restarts else Driver(daemon.socket)
         self._patience = patience
         self._longest_backoff = longest_backoff
         self._tolerated = {grpc.StatusCode.UNAVAILABLE} if restarts else set()
