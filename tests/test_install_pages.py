@@ -19,7 +19,7 @@ from tests.stand.driver import Driver
 from tests.stand.openbao import find_binary
 from tests.test_chart import CHART, NAME, kubernetes_own, template
 from tests.test_examples import VAULT
-from tests.test_manifests import KUBERNETES, RIGHTS, assert_valid, of_kind, pod_spec, rights
+from tests.test_manifests import KUBERNETES, RIGHTS, assert_valid, of_kind, overlay, pod_spec, rights, settings
 from tests.test_rolling_update import AUDIENCE, NODE, Node, running
 from tests.tools import ROOT, kubectl
 
@@ -61,12 +61,23 @@ def test_values_of_the_pages_are_the_charts(tmp_path: Path, page: str, name: str
 @pytest.mark.parametrize("page", PAGES)
 def test_other_files_of_the_pages_are_valid(page: str) -> None:
     """Each file of objects fits Kubernetes' schemas; what an operator or the driver brings is left to them."""
-    others = ("SecretProviderClass", "SecurityContextConstraints")
+    others = ("Kustomization", "SecretProviderClass", "SecurityContextConstraints")
     for name, text in files(page).items():
         if not name.endswith("-values.yaml"):
             manifests = [manifest for manifest in yaml.safe_load_all(text) if manifest["kind"] not in others]
             for version in KUBERNETES:
                 assert_valid(manifests, version)
+
+
+def test_kustomization_opens_addresses(tmp_path: Path) -> None:
+    """The overlay of the page gives a hardened daemon with the addresses that it names, and leaves its other flags."""
+    overlay_of_page = yaml.safe_load(files("migration")["kustomization.yaml"])
+    (resource,) = overlay_of_page.pop("resources")
+    del overlay_of_page["apiVersion"], overlay_of_page["kind"]
+    understood = settings(overlay(tmp_path, resources=[resource.removeprefix("../daemonset/")], **overlay_of_page))
+    assert understood.hardened
+    assert understood.allowed_vault_addresses == ("https://other.example.com:8200", "*.vault.example.com")
+    assert understood.state_dir == "/state"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -106,7 +108,13 @@ def quantity(text: str) -> float:
 def assert_valid(manifests: Iterable[Manifest], version: str) -> None:
     """Every object is one that a Kubernetes version's API takes, with no field that it would drop."""
     for manifest in manifests:
-        kubernetes_validate.validate(manifest, version, strict=True)
+        _validate(json.dumps(manifest), version)
+
+
+@functools.cache
+def _validate(manifest: str, version: str) -> None:
+    """Once for each object: most are the same in many installations, and a look takes a tenth of a second."""
+    kubernetes_validate.validate(json.loads(manifest), version, strict=True)
 
 
 def assert_sound(manifests: list[Manifest]) -> None:
