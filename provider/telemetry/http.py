@@ -1,7 +1,7 @@
 """HTTP for kubelet's probes, Prometheus and the status command: GET alone, one request a connection, within bounds.
 
-Whoever reaches the node's address reaches this port, so what a caller can hold is little and for a short time. aiohttp's
-server has no such bounds, and to import it costs every start more than all of the telemetry together, and 2 MiB.
+Whoever reaches the node's address reaches this port, so what a caller can hold is little and for a short time
+(docs/decisions/http-server.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What Prometheus is told: counts of events, and the state at the moment of a scrape.
 
-Events are counted in dictionaries, which costs a mount some 20 µs. prometheus_client writes them down; it is imported by
-the first scrape, in a thread, since it would hold up the daemon's start (some 50 ms, 1 MiB) and is of no use before.
+Events are counted in dictionaries, and prometheus_client writes them down, imported by the first scrape
+(docs/decisions/metrics.md).
 
 Every label has values from a list that is known beforehand, or so many at most: whatever tenants write in their
 classes, a daemon has no more series than a server of metrics can bear from each node.
