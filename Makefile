@@ -4,6 +4,7 @@
 #   make demo    a story: a pod's secrets mounted, used, rotated
 #   make test    everything that has to hold before a change lands
 #   make bench   measure it, and write docs/benchmarks.md; QUICK=1 in a minute or two, docs/ left as it is
+#   make soak    a node under load and outages for MINUTES=10: nothing may be lost, and nothing left at the end
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
 #   make check   the linters, the type checker and what can be known of the locks offline
 #   make audit   ask, on the network, for new advisories and yanked versions of what is locked
@@ -27,7 +28,7 @@ T ?=
 WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench unit check audit dist coverage tools stubs schemas lock bills upgrade clean
+.PHONY: help demo test bench soak unit check audit dist coverage tools stubs schemas lock bills upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,10 @@ demo: $(READY)
 # On a quiet machine: what else runs is in every number.
 bench: $(READY)
 	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
+
+MINUTES ?= 10
+soak: $(READY)
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # Stops at the first part that fails; the parts are ordered by how fast they tell.
 test: check coverage
