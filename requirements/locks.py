@@ -17,12 +17,14 @@ RUNTIME: Final = HERE / "runtime.txt"
 DEV: Final = HERE / "dev.txt"
 
 _HASH: Final = re.compile(r"--hash=sha256:([0-9a-f]{64})")
-# What the image's Python is, as markers see it. Versions do not matter to any marker of ours on Linux.
+# What the image's Python is, as markers see it, whichever Python looks.
 IMAGE: Final = {
     "implementation_name": "cpython",
     "os_name": "posix",
     "platform_python_implementation": "CPython",
     "platform_system": "Linux",
+    "python_full_version": "3.11.0",
+    "python_version": "3.11",
     "sys_platform": "linux",
 }
 
