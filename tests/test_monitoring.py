@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -305,7 +305,10 @@ TARGET = {"job", "node", "namespace", "pod", "instance"}
 
 
 def test_what_rules_and_panels_name_is_what_a_daemon_tells(tmp_path: Path) -> None:
-    """After mounts, one of which failed, a daemon on the stand tells each metric and label of rules and panels."""
+    """After mounts, one of which failed, a daemon on the stand tells each metric and label of rules and panels.
+
+    And no secret's path or value. When Vault is sealed it tells that too, and that a re-mount fails; then no more.
+    """
     port = free_port()
     flags = (f"--health-addr=127.0.0.1:{port}", "--node-name=node-1", "--sweep-interval=1s")
     with Cluster(tmp_path) as cluster, Daemon(cluster, *flags) as daemon, Driver(daemon.socket) as driver:
@@ -338,6 +341,31 @@ def test_what_rules_and_panels_name_is_what_a_daemon_tells(tmp_path: Path) -> No
         page = "\n".join(str(sample) for sample in scrape.samples)
         for told in ("data/app", "creds/app", "key-1", "key-2", mounted.text("db-password")):
             assert told not in page
+        _seal_and_unseal(cluster, port, lambda: driver.remount(mounted))
+
+
+def _seal_and_unseal(cluster: Cluster, port: int, remount: Callable[[], object]) -> None:
+    """What the alerts are there for: a re-mount fails, as Vault is sealed, and nobody else is told."""
+
+    def away() -> float:
+        return Scrape.of(port).value("vault_csi_vault_away", address=cluster.bao.address)
+
+    cluster.bao.seal()
+    with pytest.raises(grpc.RpcError, match="sealed"):
+        remount()
+    eventually(lambda: away() == 1, "Vault is away")
+    time.sleep(FRESH_SECONDS)
+    scrape = Scrape.of(port)
+    assert scrape.value("vault_csi_remount_failures_total", code="FAILED_PRECONDITION") == 1
+    assert scrape.values("vault_csi_volume_failing_seconds", pod_name="web", mounted="true") != []
+    assert sum(scrape.values("vault_requests_total", status="503")) > 0
+    assert scrape.value("secret_rotation_total", secret_type="leased", status="error") == 1
+    cluster.bao.unseal()
+    eventually(lambda: away() == 0, "Vault is back")
+    remount()
+    eventually(
+        lambda: Scrape.of(port).values("vault_csi_volume_failing_seconds", mounted="true") == [], "nothing fails"
+    )
 
 
 def _assert_told(scrape: Scrape) -> None:
