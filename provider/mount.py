@@ -24,14 +24,13 @@ from provider.errors import (
 )
 from provider.login import TokenSource, log_in
 from provider.redact import one_line
-from provider.render import Answered, Files, RenderedFile, Renderer, render_plain
+from provider.render import Answered, Contents, Files, RenderedFile, Renderer, render_plain
 from provider.sessions import Fetched, Read, Sessions
-from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
 from provider.spc.paths import clashes
 from provider.telemetry.events import Kind, Mounted, MountedObject, Supply, Telemetry
 from provider.vault import Auth, VaultSecret, VaultServers
-from provider.versions import ABSENT, object_version, shaped_version
+from provider.versions import Versions
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +110,7 @@ class Mounter:
         self._version_key = version_key
         self._renderer = renderer
         self._timeout = timeout
+        self._versions = Versions()
         self._warned: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     async def mount(self, spec: MountSpec) -> MountResult:
@@ -166,15 +166,32 @@ class Mounter:
         key, fetched = await asyncio.gather(
             self._version_key.get(), self._sessions.fetch(spec, distinct, login, deadline)
         )
-        answers = fetched.answers
+        made, secrets, failures = await self._made(spec, reads, fetched.answers)
+        if failures:
+            # In the class's order: the first one's code is the mount's (docs/contract.md section 1).
+            order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
+            failures.sort(key=lambda failure: order[failure[0].name])
+            raise await self._failed(failures, spec, deadline)
+        if shaped:
+            # Their files may be thousands.
+            files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, key)
+        else:
+            files, versions = _assembled(spec, made, self._versions, key)
+        self._sessions.settle(spec, secrets)
+        marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
+        return _Done(files, versions, marks, reads, fetched)
+
+    async def _made(
+        self, spec: MountSpec, reads: Sequence[tuple[Read, ...]], answers: Mapping[Read, VaultSecret | ProviderError]
+    ) -> tuple[Mapping[str, Files], dict[Read, VaultSecret], list[_Failure]]:
+        """The files of each object, the secrets they were made of, and what failed."""
         failures: list[_Failure] = []
-        size = 0
 
         def failed(wanted: ObjectSpec, request: SecretRequest, error: ProviderError) -> None:
             if not (wanted.optional and isinstance(error, SecretNotFound)):
                 failures.append((wanted, request, error))
 
-        made: dict[str, Files] = {}
+        contents = Contents(len(spec.objects))
         answered: list[Answered] = []
         secrets: dict[Read, VaultSecret] = {}
         for wanted, together in zip(spec.objects, reads, strict=True):
@@ -192,35 +209,19 @@ class Mounter:
                 answered.append(Answered(wanted, responses))
                 continue
             try:
-                contents = render_plain(wanted, responses[0])
+                file = RenderedFile(wanted.name, wanted.mode, render_plain(wanted, responses[0]))
+                contents.add(wanted.name, (file,))
             except ProviderError as error:
                 failed(wanted, wanted.request, error)
-                continue
-            made[wanted.name] = (RenderedFile(wanted.name, wanted.mode, contents),)
-            size += len(contents)
-            if size > MAX_MOUNT_BYTES:
+            if contents.full:
                 # A thousand objects of one large secret would be gigabytes before anybody counted them.
-                failed(wanted, wanted.request, _too_large(made, size, len(spec.objects)))
                 break
-        if answered and size <= MAX_MOUNT_BYTES:
-            results = await self._renderer.render(spec.target_path, answered, spec.pod.namespace)
-            for given, result in zip(answered, results, strict=True):
-                if isinstance(result, ProviderError):
-                    failed(given.spec, given.spec.request, result)
-                else:
-                    made[given.spec.name] = result
-        if failures:
-            # In the class's order: the first one's code is the mount's (docs/contract.md section 1).
-            order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
-            failures.sort(key=lambda failure: order[failure[0].name])
-            raise await self._failed(failures, spec, deadline)
-        files = _all_files(spec, made)
-        if shaped:
-            _refuse_clashes(spec.objects, made)
-        self._sessions.settle(spec, secrets)
-        versions = tuple((wanted.name, _version(key, wanted, made.get(wanted.name))) for wanted in spec.objects)
-        marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
-        return _Done(files, versions, marks, reads, fetched)
+        if answered and not contents.full:
+            errors = await self._renderer.render(spec.target_path, answered, spec.pod.namespace, contents)
+            for given, found in zip(answered, errors, strict=True):
+                if found is not None:
+                    failed(given.spec, given.spec.request, found)
+        return contents.made, secrets, failures
 
     async def _failed(self, failures: Sequence[_Failure], spec: MountSpec, deadline: float) -> MountFailed:
         """All failing objects in one error; objects that failed alike share a sentence."""
@@ -276,6 +277,21 @@ def plan(objects: Sequence[ObjectSpec]) -> tuple[list[tuple[Read, ...]], list[Re
     return reads, list(together.values())
 
 
+def _assembled(
+    spec: MountSpec, made: Mapping[str, Files], versions: Versions, key: bytes | None
+) -> tuple[tuple[RenderedFile, ...], tuple[tuple[str, str], ...]]:
+    """All files of the volume, and each object's version. Raises SecretNotFound and BadSecret."""
+    files = _all_files(spec, made)
+    if not all(wanted.plain for wanted in spec.objects):
+        _refuse_clashes(spec.objects, made)
+    return files, tuple([(wanted.name, _version(versions, key, wanted, made)) for wanted in spec.objects])
+
+
+def _version(versions: Versions, key: bytes | None, wanted: ObjectSpec, made: Mapping[str, Files]) -> str:
+    files = made.get(wanted.name)
+    return versions.of(key, wanted, None if files is None else [(file.path, file.contents) for file in files])
+
+
 def _all_files(spec: MountSpec, made: Mapping[str, Files]) -> tuple[RenderedFile, ...]:
     """The files of the volume, in the order of the class. Raises SecretNotFound where there is none."""
     files: list[RenderedFile] = []
@@ -304,24 +320,6 @@ def _refuse_clashes(objects: Sequence[ObjectSpec], made: Mapping[str, Files]) ->
             f'"{one_line(other, MAX_NAME)}"',
             "leave the key out by excludes, or rename one of the objects",
         )
-
-
-def _version(key: bytes | None, wanted: ObjectSpec, files: Files | None) -> str:
-    if files is None:
-        return ABSENT
-    if wanted.plain:
-        return object_version(key, wanted, files[0].contents)
-    return shaped_version(key, wanted, ((file.path, file.contents) for file in files))
-
-
-def _too_large(made: Mapping[str, Files], size: int, count: int) -> BadSecret:
-    largest = max((file for files in made.values() for file in files), key=lambda file: len(file.contents))
-    return BadSecret(
-        f"the volume is too large: {len(made)} of its {count} files come to {size / MIB:.2f} MiB already, and the "
-        f'driver takes at most {MAX_MOUNT_BYTES / MIB:.2f} MiB; the largest is "{one_line(largest.path, MAX_NAME)}" of '
-        f"{len(largest.contents) / MIB:.2f} MiB",
-        "split the SecretProviderClass, or mount less of each secret with secretKey",
-    )
 
 
 def _mark(files: Files) -> str:

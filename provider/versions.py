@@ -1,4 +1,4 @@
-"""Object versions: an HMAC over what the class asked for and what came of it. Pure.
+"""Object versions: an HMAC over what the class asked for and what came of it. Pure but for what it remembers.
 
 The driver shows a version in its SecretProviderClassPodStatus, so it must tell nothing about the content to
 those who lack the key, and must change whenever the file or the wish for it changes
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from provider.spc.model import (
@@ -28,6 +28,31 @@ _LAYOUT: Final = b"vault-csi-provider object version 1"
 _SHAPED_LAYOUT: Final = b"vault-csi-provider object version 2"
 # Of an optional object that Vault does not have. It is no secret, so it says so in words.
 ABSENT: Final = "absent"
+# Objects whose definitions are remembered: those of a node's 110 pods with ten objects each, several times over.
+MAX_DEFINITIONS: Final = 5000
+
+
+class Versions:
+    """The versions of a daemon's objects. What an object asks for is written once: classes are parsed once, and mounted
+    again and again.
+    """
+
+    def __init__(self) -> None:
+        self._definitions: dict[ObjectSpec, bytes] = {}
+
+    def of(self, key: bytes | None, spec: ObjectSpec, files: Sequence[tuple[str, bytes]] | None) -> str:
+        """The version of an object with these files, each a path and its contents; None for an absent one's."""
+        if files is None:
+            return ABSENT
+        if key is None:
+            return ""
+        definition = self._definitions.get(spec)
+        if definition is None:
+            if len(self._definitions) >= MAX_DEFINITIONS:
+                self._definitions.clear()
+            definition = _definition(spec) if spec.plain else _shaped_definition(spec)
+            self._definitions[spec] = definition
+        return _version(key, definition, files[0][1]) if spec.plain else _shaped_version(key, definition, files)
 
 
 def object_version(key: bytes | None, spec: ObjectSpec, contents: bytes) -> str:
@@ -36,18 +61,22 @@ def object_version(key: bytes | None, spec: ObjectSpec, contents: bytes) -> str:
     Equal for an equal definition (path in the volume, request with its body, key, mode, encoding) and equal
     ``contents`` under one key, in every process that has the key; different when any of them differs.
     """
-    if key is None:
-        return ""
-    mac = hmac.new(key, _definition(spec), hashlib.sha256)
-    mac.update(contents)  # last, and the only part without a length: the definition says itself where it ends
-    return mac.hexdigest()
+    return "" if key is None else _version(key, _definition(spec), contents)
 
 
 def shaped_version(key: bytes | None, spec: ObjectSpec, files: Iterable[tuple[str, bytes]]) -> str:
     """The same of an object that is not plain, over its definition and its ``files``, each a path and its contents."""
-    if key is None:
-        return ""
-    mac = hmac.new(key, _shaped_definition(spec), hashlib.sha256)
+    return "" if key is None else _shaped_version(key, _shaped_definition(spec), files)
+
+
+def _version(key: bytes, definition: bytes, contents: bytes) -> str:
+    mac = hmac.new(key, definition, hashlib.sha256)
+    mac.update(contents)  # last, and the only part without a length: the definition says itself where it ends
+    return mac.hexdigest()
+
+
+def _shaped_version(key: bytes, definition: bytes, files: Iterable[tuple[str, bytes]]) -> str:
+    mac = hmac.new(key, definition, hashlib.sha256)
     for path, contents in files:
         mac.update(_text(path) + _sized(contents))
     return mac.hexdigest()

@@ -515,7 +515,7 @@ class TestErrors:
         objects = [file(f"f{number}", "big", "k") for number in range(100)]
         error = await node.failure(wanting(shop, *objects, address=faulty.address))
         assert error.code is Code.FAILED_PRECONDITION
-        assert "5 of its 100 files come to 5.00 MiB already, and the driver takes at most 4.00 MiB" in str(error)
+        assert "4 of its 100 objects come to 4.01 MiB, and the driver takes at most 4.00 MiB" in str(error)
 
     @pytest.mark.parametrize("letter", ["x", "%", "ü"])
     async def test_message_fits(self, node: Node, shop: EcommerceStand, faulty: Faulty, letter: str) -> None:

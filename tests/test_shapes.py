@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 
 from provider.errors import BadSecret, Code, InvalidClass, ProviderError, SecretNotFound
 from provider.redact import Sensitive
-from provider.render import Answered, Renderer, renderer
+from provider.render import Answered, Contents, Renderer, renderer
 from provider.render.job import Job
 from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
@@ -229,11 +229,12 @@ async def test_keystores_stay_the_same(node: Node, shop: EcommerceStand, tmp_pat
     assert opened.cert.certificate.public_bytes(Encoding.PEM) in made["tls.pem"] + b"\n"
     answers = [json.loads(made["all.json"]), {"data": {"data": {"user": "web"}}}]
     script = (
-        "import asyncio, json, sys; from provider.render import Answered, Renderer; "
+        "import asyncio, json, sys; from provider.render import Answered, Contents, Renderer; "
         "from tests.spc_classes import parse_class; given = json.load(sys.stdin); "
         "(spec,) = parse_class(given['class']).objects; "
-        "((file,),) = asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])], 'shop')); "
-        "print(file.contents.hex())"
+        "contents = Contents(1); "
+        "asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])], 'shop', contents)); "
+        "((file,),) = contents.made.values(); print(file.contents.hex())"
     )
     text = (
         "- {objectName: tls.p12, secretPath: pki/issue/web, method: PUT, format: pkcs12,"
@@ -338,14 +339,15 @@ async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes
     made = Renderer()
     specs = parse_class(objects).objects
     responses = [{"data": one} for one in data]
+    contents = Contents(len(specs))
     try:
-        results = await made.render(
-            "volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs], "shop"
+        errors = await made.render(
+            "volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs], "shop", contents
         )
     finally:
         await made.close()
-    files = [file for result in results if isinstance(result, tuple) for file in result]
-    return {file.path: file.contents for file in files}, [r for r in results if isinstance(r, ProviderError)]
+    files = [file for name, files in contents.made.items() for file in files]
+    return {file.path: file.contents for file in files}, [error for error in errors if error is not None]
 
 
 @pytest.mark.parametrize("name", [".", "d"])
@@ -493,12 +495,20 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         await made.check([object_of("a"), object_of("b")], "shop")
         assert len(made._checked) == 1
         for number in range(4):
-            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 30}}])], "shop")
-            await made.render(str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "y" * 30}}])], "shop")
+            await made.render(
+                str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 30}}])], "shop", Contents(1)
+            )
+            await made.render(
+                str(number), [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "y" * 30}}])], "shop", Contents(1)
+            )
         assert list(made._remembered) == ["2", "3"]
-        await made.render("5", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 90}}])], "shop")
+        await made.render(
+            "5", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 90}}])], "shop", Contents(1)
+        )
         assert list(made._remembered) == ["5"]
-        await made.render("6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])], "shop")
+        await made.render(
+            "6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])], "shop", Contents(1)
+        )
         assert list(made._remembered) == []
         assert made._size == 0
     finally:
@@ -511,10 +521,10 @@ async def test_what_is_remembered_is_forgotten_with_time(monkeypatch: pytest.Mon
     (spec,) = parse_class("- {objectName: o, secretPath: b, template: '{{ secret.a }}'}").objects
     try:
         for volume in ("gone", "kept"):
-            await made.render(volume, [Answered(spec, [{"data": {"a": "x"}}])], "shop")
+            await made.render(volume, [Answered(spec, [{"data": {"a": "x"}}])], "shop", Contents(1))
         assert list(made._remembered) == ["gone", "kept"]
         monkeypatch.setattr(renderer, "MAX_AGE", 0.0)
-        await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])], "shop")
+        await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])], "shop", Contents(1))
         assert list(made._remembered) == ["other"]
         assert made._size == 3
     finally:
@@ -545,16 +555,18 @@ async def test_rendering_stops_at_what_a_volume_holds() -> None:
     files, errors = await rendered(text, {"a": "x" * (MAX_MOUNT_BYTES // 2)})
     assert files.keys() == {"o0", "o1"}
     assert len({id(error) for error in errors}) == 1
-    assert len(errors) == 3
-    assert "the volume is too large" in errors[0].what
+    assert len(errors) == 4
+    assert "the volume is too large: 2 of its 5 objects come to 4.01 MiB" in errors[0].what
 
 
 async def test_empty_files_fill_a_volume_too() -> None:
     """Each file counts with its path, so that keys without values do not become millions of files."""
     text = "\n".join(f"- {{objectName: o{n}, secretPath: b, secretKey: '*'}}" for n in range(40))
     files, errors = await rendered(text, {str(number): "" for number in range(10_000)})
-    assert 0 < len(files) < 25 * 10_000
-    assert "the volume is too large" in errors[-1].what
+    assert len(files) == 20_000
+    assert (
+        "the volume is too large: 2 of its 40 objects come to 20,000 files, and it may have 10,000" in errors[-1].what
+    )
     long = f"- {{objectName: {'d' * 200}/{'e' * 200}/{'f' * 200}, secretPath: b, secretKey: '*'}}"
     files, (error,) = await rendered(long, {str(number): "" for number in range(10_000)})
     assert not files
@@ -579,8 +591,8 @@ async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPat
         programs.ran.clear()
         try:
             for _ in range(2):
-                (result,) = await made.render("volume", [Answered(spec, [{"data": {}}])], "shop")
-                assert isinstance(result, BadSecret)
+                (error,) = await made.render("volume", [Answered(spec, [{"data": {}}])], "shop", Contents(1))
+                assert isinstance(error, BadSecret)
         finally:
             await made.close()
         assert len(programs.ran) == runs
@@ -592,10 +604,9 @@ def test_an_answer_that_is_no_json_is_told(text: str) -> None:
     (spec,) = parse_class("- {objectName: o, secretPath: b, jmesPath: a}").objects
     made = Job(spec, [{"data": {"a": "c4nary"}}])
     made.prepare({})
-    error = made.finish({made.digest: Outcome(True, True, text)})
-    assert isinstance(error, BadSecret)
-    assert "its jmesPath comes to what cannot be read as JSON" in error.what
-    assert error.__context__ is None
+    with pytest.raises(BadSecret, match="its jmesPath comes to what cannot be read as JSON") as raised:
+        made.finish({made.digest: Outcome(True, True, text)})
+    assert raised.value.__context__ is None
 
 
 async def test_output_is_within_what_a_volume_holds() -> None:

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from provider import versions
 from provider.redact import Sensitive
 from provider.spc.model import Encoding, ObjectSpec, SecretRequest
-from provider.versions import object_version
-from tests.spc_classes import plain
+from provider.versions import ABSENT, Versions, object_version, shaped_version
+from tests.spc_classes import parse_class, plain
 
 KEY = bytes(range(32))
 REQUEST = SecretRequest("GET", "ecommerce/data/app", (("version", "2"),), Sensitive('{"ttl":"1h"}'))
@@ -128,3 +129,37 @@ def test_bytes_that_change_fields_change_the_version(first: str, second: str, co
     moved = changed(name=letters[:split], request=SecretRequest(letters[split:], ""))
     equal = object_version(KEY, spec, content) == object_version(KEY, moved, content)
     assert equal == (spec == moved)
+
+
+def test_versions_of_a_daemon_are_those_of_the_layouts() -> None:
+    """Remembering definitions changes no version, plain or not, key or not, of any object."""
+    kept = Versions()
+    (shaped,) = parse_class("- {objectName: app, secretPath: b, secretKey: '*'}").objects
+    files = [("app/a", b"1"), ("app/b", b"2")]
+    for _ in range(2):
+        for spec in (SPEC, changed(mode=0o600), changed(key="other")):
+            assert kept.of(KEY, spec, [(spec.name, b"content")]) == object_version(KEY, spec, b"content")
+        assert kept.of(KEY, shaped, files) == shaped_version(KEY, shaped, files)
+        assert kept.of(None, SPEC, [(SPEC.name, b"content")]) == ""
+        assert kept.of(KEY, shaped, None) == kept.of(None, SPEC, None) == ABSENT
+
+
+def test_definitions_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A re-mount of the same object does not write its definition again; what is remembered is bounded."""
+    written: list[ObjectSpec] = []
+    define = versions._definition
+
+    def noting(spec: ObjectSpec) -> bytes:
+        written.append(spec)
+        return define(spec)
+
+    monkeypatch.setattr(versions, "_definition", noting)
+    monkeypatch.setattr(versions, "MAX_DEFINITIONS", 2)
+    kept = Versions()
+    for spec in (SPEC, changed(), SPEC):
+        kept.of(KEY, spec, [("", b"")])
+    assert len(written) == 1
+    for spec in (changed(mode=1), changed(mode=2), changed(mode=3)):
+        kept.of(KEY, spec, [("", b"")])
+    assert len(written) == 4
+    assert len(kept._definitions) == 2

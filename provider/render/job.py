@@ -9,11 +9,11 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from provider.errors import BadSecret, ProviderError
 from provider.redact import one_line
+from provider.render.contents import Files, RenderedFile
 from provider.render.values import data_of, formatted, missing, object_name, value_of, written
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
@@ -29,25 +29,7 @@ _MAX_NAMED: Final = 3
 MAX_KEYS: Final = 10_000
 # Characters of a keystore's password; no reader asks for more, and it is hashed again and again.
 MAX_PASSWORD: Final = 1024
-# Bytes that a file takes in the driver's answer besides its path and contents, at least about.
-_FILE_BYTES: Final = 16
 
-
-@dataclass(frozen=True, slots=True)
-class RenderedFile:
-    """A file of the volume; ``mode`` is 0 to 0o777."""
-
-    path: str
-    mode: int
-    contents: bytes = field(repr=False)
-
-    @property
-    def weight(self) -> int:
-        """Bytes of what the volume holds: an empty file is not nothing."""
-        return len(self.contents) + len(self.path.encode()) + _FILE_BYTES
-
-
-Files: TypeAlias = tuple[RenderedFile, ...]
 Made: TypeAlias = "dict[bytes, Result | bytes]"
 """What programs and keystores came to, by the digest of all that went in."""
 
@@ -57,7 +39,7 @@ class Job:
 
     def __init__(self, spec: ObjectSpec, responses: Sequence[Mapping[str, Any]]) -> None:
         self.digest = b""
-        self._spec = spec
+        self.spec = spec
         self._responses = responses
         self._values: list[Any] = []
         self._error: ProviderError | None = None
@@ -67,9 +49,9 @@ class Job:
 
         ``known`` has the digests of values by their ids, for all jobs of a mount, and is added to.
         """
-        shape = self._spec.shape
+        shape = self.spec.shape
         try:
-            self._values = _values(self._spec, self._responses)
+            self._values = _values(self.spec, self._responses)
         except ProviderError as error:
             self._error = error
             return
@@ -77,13 +59,13 @@ class Job:
             return
         # Of the definition only what the outcome hangs on: a changed mode is no reason to run a program again.
         what = (shape.text,) if isinstance(shape, Template) else (type(shape).__name__, repr(shape))
-        sources = [(source.alias, source.jmes_path) for source in self._spec.sources]
+        sources = [(source.alias, source.jmes_path) for source in self.spec.sources]
         try:
             for value in self._values:
                 if id(value) not in known:
                     known[id(value)] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         except RecursionError:
-            self._error = _unusable(self._spec, "its data is nested too deeply")
+            self._error = _unusable(self.spec, "its data is nested too deeply")
             return
         values = [known[id(value)] for value in self._values]
         self.digest = hashlib.sha256(json.dumps([what, sources, values]).encode()).digest()
@@ -94,28 +76,25 @@ class Job:
             return None
         from provider.sandbox.process import Expression, Rendering
 
-        shape, sources = self._spec.shape, self._spec.sources
+        shape, sources = self.spec.shape, self.spec.sources
         if isinstance(shape, Template):
             pairs = zip(sources, self._values, strict=True)
             return Rendering(shape.text, {source.alias: (value, source.jmes_path) for source, value in pairs})
         parse = isinstance(shape, SingleValue) and shape.key is not None
         return Expression(str(sources[0].jmes_path), self._values[0], parse)
 
-    def finish(self, made: Made) -> Files | ProviderError:
-        """The files, or the error; what is made here is added to ``made``."""
+    def finish(self, made: Made) -> Files:
+        """The files; what is made here is added to ``made``. Raises ProviderError."""
         if self._error is not None:
-            return self._error
-        try:
-            return self._files(made)
-        except ProviderError as error:
-            return error
+            raise self._error
+        return self._files(made)
 
     @property
     def _runs(self) -> bool:
-        return isinstance(self._spec.shape, Template) or self._spec.sources[0].jmes_path is not None
+        return isinstance(self.spec.shape, Template) or self.spec.sources[0].jmes_path is not None
 
     def _files(self, made: Made) -> Files:
-        spec, values = self._spec, self._values
+        spec, values = self.spec, self._values
         match spec.shape:
             case AllKeys() as shape:
                 return _file_for_each_key(spec, shape, values[0])

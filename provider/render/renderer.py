@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from provider.errors import BadSecret, InvalidClass, ProviderError
+from provider.errors import InvalidClass, ProviderError
 from provider.redact import one_line
-from provider.render.job import Files, Job, Made
-from provider.settings import MAX_MOUNT_BYTES, MIB
+from provider.render.contents import Contents
+from provider.render.job import Job, Made
+from provider.settings import MIB
 from provider.spc.model import ObjectSpec, Template
 
 if TYPE_CHECKING:
@@ -39,13 +40,6 @@ class Answered:
 
     spec: ObjectSpec
     responses: Sequence[Mapping[str, Any]] = field(repr=False)
-
-
-_TOO_LARGE: Final = BadSecret(
-    f"the volume is too large: the objects before come to more than {MAX_MOUNT_BYTES / MIB:.2f} MiB already, and the "
-    "driver takes no more",
-    "split the SecretProviderClass, or mount less of each secret with secretKey",
-)
 
 
 class Renderer:
@@ -91,8 +85,10 @@ class Renderer:
         if faults:
             raise InvalidClass(faults)
 
-    async def render(self, volume: str, answered: Sequence[Answered], owner: str) -> list[Files | ProviderError]:
-        """The files of each object, or the error that it failed with.
+    async def render(
+        self, volume: str, answered: Sequence[Answered], owner: str, contents: Contents
+    ) -> list[ProviderError | None]:
+        """Add the files of each object to ``contents``; the error of each that failed.
 
         ``volume`` is whose memory is used, ``owner`` as ``check`` has it.
         """
@@ -104,7 +100,7 @@ class Renderer:
         if waiting:
             # One process for the programs of a mount.
             made.update(zip(waiting, await self._run(list(waiting.values()), owner), strict=True))
-        results = await asyncio.to_thread(_finish, jobs, made)
+        results = await asyncio.to_thread(_finish, jobs, made, contents)
         # What may have failed for want of time is tried again.
         final = {digest: kept for digest, kept in made.items() if getattr(kept, "final", True)}
         self._keep(volume, final)
@@ -142,16 +138,16 @@ def _prepare(jobs: Sequence[Job]) -> None:
         job.prepare(known)
 
 
-def _finish(jobs: Sequence[Job], made: Made) -> list[Files | ProviderError]:
-    results: list[Files | ProviderError] = []
-    size = 0
+def _finish(jobs: Sequence[Job], made: Made, contents: Contents) -> list[ProviderError | None]:
+    errors: list[ProviderError | None] = []
     for job in jobs:
-        if size > MAX_MOUNT_BYTES:
-            # A thousand objects of one large secret would be gigabytes, or millions of files, before anybody counted.
-            results.append(_TOO_LARGE)
-            continue
-        result = job.finish(made)
-        results.append(result)
-        if isinstance(result, tuple):
-            size += sum(file.weight for file in result)
-    return results
+        error: ProviderError | None = None
+        try:
+            if contents.full:
+                # A thousand objects of one large secret would be gigabytes before anybody counted them.
+                raise contents.too_much()
+            contents.add(job.spec.name, job.finish(made))
+        except ProviderError as failure:
+            error = failure
+        errors.append(error)
+    return errors

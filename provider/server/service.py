@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +18,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from provider import __version__
-from provider.errors import MAX_MESSAGE_BYTES, BadSecret, Code, InvalidClass, OutOfTime, ProviderError, fit
+from provider.errors import MAX_MESSAGE_BYTES, Code, InvalidClass, OutOfTime, ProviderError, fit
 from provider.mount import MountResult
 from provider.redact import one_line
+from provider.render import too_large
 from provider.server.limits import REFUSAL_SECONDS, PodFloods, PodLimits, Spending
-from provider.settings import MAX_MOUNT_BYTES, MIB
+from provider.settings import MAX_MOUNT_BYTES
 from provider.spc import MountSpec, Parser, Pod, mounting_pod
 from provider.telemetry.events import MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
@@ -31,8 +31,6 @@ from provider.vault.turns import Turns
 
 PROTOCOL_VERSION: Final = "v1alpha1"
 RUNTIME_NAME: Final = "vault-csi-provider"
-# Objects that a refusal for size names, the largest first.
-NAMED_OBJECTS: Final = 5
 # Seconds over the mount's own limit, which says better what was waited for: this one is for what forgets it.
 BACKSTOP_SECONDS: Final = 1.0
 
@@ -224,15 +222,4 @@ def _answer(result: MountResult) -> bytes:
             return data
     else:
         size = sum(len(file.contents) for file in result.files)
-    largest = sorted(result.files, key=lambda file: len(file.contents), reverse=True)[:NAMED_OBJECTS]
-    named = ", ".join(f"{one_line(file.path, 100)} ({_mib(len(file.contents))})" for file in largest)
-    raise BadSecret(
-        f"the volume is too large: its {len(result.files)} files come to {_mib(size)}, and the driver takes at most"
-        f" {_mib(MAX_MOUNT_BYTES)}; the largest: {named}",
-        "split the SecretProviderClass, or mount less of each secret with secretKey",
-    )
-
-
-def _mib(size: int) -> str:
-    """Rounded up, so that what is too large does not look as if it fitted."""
-    return f"{math.ceil(size / MIB * 100) / 100:.2f} MiB"
+    raise too_large(f"its {len(result.files)} files come to", size, result.files)

@@ -197,8 +197,14 @@ class ObjectSpec:
     refresh_after: float = 0.0
     optional: bool = False
     plain: bool = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __post_init__(self) -> None:
+        # Looked up at each mount.
+        object.__setattr__(self, "_hash", hash((self.name, self.sources, self.shape, self.mode)))
         shape = self.shape
         object.__setattr__(
             self,
