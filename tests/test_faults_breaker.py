@@ -228,7 +228,7 @@ class TestWatch:
         faulty.on("auth/kubernetes/login", token("hvs.new"))
         faulty.stop()
         login = asyncio.create_task(vault.login(LOGIN, Sensitive("jwt"), within()))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
         faulty.start()
         assert (await login).token == Sensitive("hvs.new")
         assert faulty.count("auth/kubernetes/login") == 1

@@ -18,7 +18,7 @@ from provider.vault.failures import VaultUnreachable
 PROBE_SECONDS: Final = 1.0
 PROBE_JITTER_SECONDS: Final = 0.25
 # Between the first failure and the look at whether it means anything: a listener that restarts is back by then.
-DOUBT_SECONDS: Final = 0.5
+DOUBT_SECONDS: Final = 0.3
 # How long a Vault is looked at after the last mount was refused: kubelet asks again every two minutes at the least, so
 # after this time nobody does any more.
 FORGET_SECONDS: Final = 300.0

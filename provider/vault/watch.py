@@ -20,9 +20,10 @@ from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 
-# How long a mount waits for a Vault that is away before it is refused: nearly always a look falls into it, and so
-# a mount that comes as Vault comes back succeeds, instead of in up to two minutes, when kubelet asks again.
-PATIENCE_SECONDS: Final = 0.9
+# How long a mount waits for a Vault that is away before it is refused, within a second whatever else it has to do. It
+# rides out what is over at the first look; and of mounts that come as Vault comes back about half succeed, instead of
+# in up to two minutes, when kubelet asks again.
+PATIENCE_SECONDS: Final = 0.5
 # Without any answer to anybody for this time, Vault may hang, and is looked at. Longer than it needs for anything but
 # slow engines, and beside those it answers others.
 SILENT_SECONDS: Final = 3.0
