@@ -359,7 +359,7 @@ class TestWatch:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         assert changes(events) == [True]
-        assert sum(task.done() for task in hung) == 60 - 51
+        assert sum(task.done() for task in hung) == 60 - 44
         with pytest.raises(VaultUnreachable, match=r"accepts connections and does not answer"):
             await read(vault, token=Sensitive("hvs.of-another-pod"))
         faulty.on(HEALTH, Answer(body={}))

@@ -8,14 +8,14 @@ import random
 
 import pytest
 
-from provider.vault.turns import Turns
+from provider.vault.turns import Dismissed, Turns
 
 
 class Stage:
     """Owners at turns: each one that gets in is written down, and stays until it is told to go."""
 
-    def __init__(self, places: int) -> None:
-        self.turns = Turns(places)
+    def __init__(self, places: int, lendable: int = 0) -> None:
+        self.turns = Turns(places, lendable)
         self.entered: list[str] = []
         self.tasks: list[tuple[str, asyncio.Task[None]]] = []
 
@@ -68,6 +68,84 @@ async def test_few_places(places: int) -> None:
     await stage.come("one", 10)
     assert len(stage.entered) == max(1, places * 7 // 8)
     assert stage.turns.free == (0 if places == 1 else places - len(stage.entered))
+
+
+async def hung(owners: int, lendable: int) -> Stage:
+    """A stage whose places are all taken by owners that stay too long."""
+    stage = Stage(52, lendable)
+    for number in range(owners):
+        await stage.come(f"hung-{number}", 64)
+    assert stage.turns.free == 0
+    for owner, _ in [(name, task) for name, task in stage.tasks if task.done()]:
+        stage.turns.overdue(owner)
+    return stage
+
+
+async def test_who_waits_gets_places_of_those_who_stay_too_long() -> None:
+    """Where a few owners hold all and give nothing back, others go on: two places are lent of each such owner.
+
+    None of them goes to those who stay too long.
+    """
+    stage = await hung(3, lendable=8)
+    before = len(stage.entered)
+    for number in range(10):
+        await stage.come(f"other-{number}")
+    # The third holds one place alone.
+    assert stage.entered[before:] == [f"other-{number}" for number in range(5)]
+    await stage.go("other-0")
+    assert stage.entered[-1] == "other-5"
+
+
+async def test_one_owner_lends_two_places() -> None:
+    """What one owner has overdue leaves places to lend for the next."""
+    stage = Stage(1, 8)
+    await stage.come("hung")
+    stage.turns.overdue("hung")
+    await stage.come("other")
+    await stage.come("another")
+    assert stage.entered == ["hung", "other"]
+
+
+async def test_nothing_is_lent_before_it_is_too_long() -> None:
+    """Whoever takes its usual time keeps its place, and others wait for theirs."""
+    stage = Stage(1, 8)
+    await stage.come("in")
+    await stage.come("other")
+    assert stage.entered == ["in"]
+    stage.turns.overdue("in")
+    await asyncio.sleep(0)
+    assert stage.entered == ["in", "other"]
+
+
+async def test_lent_places_come_back() -> None:
+    """When what stayed too long ends, or whoever had its place, there are as many as ever."""
+    for first, second in (("in", "other"), ("other", "in")):
+        stage = Stage(1, 1)
+        await stage.come("in")
+        stage.turns.overdue("in")
+        await stage.come("other")
+        for owner in (first, second):
+            stage.turns.give(owner, overdue=owner == "in")
+        assert stage.turns.free == 1
+        await stage.come("a")
+        await stage.come("b")
+        assert stage.entered[-1] == "a"
+        stage.turns.overdue("a")
+        await asyncio.sleep(0)
+        assert stage.entered[-1] == "b"
+
+
+async def test_who_waits_can_be_dismissed() -> None:
+    """All who wait are told to ask again, and hold nothing; those who are in stay in."""
+    stage = Stage(1)
+    await stage.come("in")
+    await stage.come("one")
+    await stage.come("other")
+    stage.turns.dismiss()
+    await asyncio.sleep(0)
+    assert [type(task.exception()) for name, task in stage.tasks if name != "in"] == [Dismissed, Dismissed]
+    await stage.go("in")
+    assert stage.turns.free == 1
 
 
 async def test_every_place_is_used_by_many() -> None:

@@ -38,6 +38,10 @@ CONNECT_SECONDS: Final = 10.0
 # Connections that the reads of classes leave to logins, renewals, revocations and look-ups: those are short, and what
 # they keep alive must not hang on what a class reads.
 RESERVED_CONNECTIONS: Final = 4
+# Connections, an eighth of all at most, for reads that wait while others' hang; and how long that is. Longer than any
+# engine needs that is not hung itself.
+LENDABLE_CONNECTIONS: Final = 8
+OVERDUE_SECONDS: Final = 10.0
 # Idle connections are ours to close, before a load balancer does it (60 s is the common least) in the middle of a
 # request. Shorter than kubelet's cadence, longer than a burst.
 KEEPALIVE_SECONDS: Final = 30.0
@@ -98,7 +102,8 @@ class Transport:
         self._max_connections = max_connections
         self._large_bodies = large_bodies
         self._lookups = lookups
-        self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS))
+        lendable = min(LENDABLE_CONNECTIONS, max_connections // 8)
+        self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS - lendable), lendable)
         watch.queues.add(self._turns)
         parts = urlsplit(server.address)
         self._socket_path = parts.path if parts.scheme == "unix" else ""
@@ -126,8 +131,8 @@ class Transport:
         """Send one request, once, and read its answer.
 
         ``path`` begins with a slash and is percent-encoded, query included. ``mount`` is what is told of it. Requests
-        of an ``asker`` with an owner take turns, owner by owner, at all connections but RESERVED_CONNECTIONS; one
-        without never waits for them.
+        of an ``asker`` with an owner take turns, owner by owner, at all connections but RESERVED_CONNECTIONS and
+        LENDABLE_CONNECTIONS; one without never waits for them.
 
         Raises:
             VaultUnreachable: Vault is known to be away; nothing was sent.
@@ -145,10 +150,19 @@ class Transport:
                 await self.watch.admit(asker)
             else:
                 break
+        late = False
+
+        def be_late() -> None:
+            nonlocal late
+            late = True
+            self._turns.overdue(asker.owner)
+
+        timer = asyncio.get_running_loop().call_later(OVERDUE_SECONDS, be_late)
         try:
             return await self._send(method, path, headers, body, mount)
         finally:
-            self._turns.give(asker.owner)
+            timer.cancel()
+            self._turns.give(asker.owner, overdue=late)
 
     async def look(self) -> tuple[str, str]:
         """See whether Vault is there, over a connection of its own, since kept ones may lead nowhere by now.

@@ -10,6 +10,9 @@ from typing import Final
 # Large, so that a class of fifty objects is still read at once; not larger, so that one whose reads all hang leaves
 # others more than a place or two.
 SHARE: Final = 7
+# Places of one owner that are lent to others while it stays too long in them: a few keep everybody else going, and
+# leave some for the next such owner.
+LENT_EACH: Final = 2
 # Who has more than so many waiting gets no more than so many places at a time. A class of a hundred objects is still
 # read at once; one of a thousand, which keeps a core busy for a second at any speed, leaves most of it to others.
 BULK: Final = 64
@@ -28,13 +31,20 @@ class Turns:
     what is left; and where owners are many, every place is used. Whoever has more than BULK waiting is let in to
     BULK_PLACES alone until they are fewer.
 
+    Owners that never give back would so hold all of them, a handful together. What stays too long is told by
+    ``overdue``: for whoever waits and holds nothing, ``lendable`` places are there besides, LENT_EACH at most for what
+    one owner has overdue.
+
     For one event loop; it is not safe between threads.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, lendable: int = 0) -> None:
         self.free = places
         """How many places nobody holds."""
+        self._lendable = lendable
         self._held: dict[Hashable, int] = {}
+        self._overdue: dict[Hashable, int] = {}
+        self._lent: dict[Hashable, int] = {}
         # By owner, in the order in which they are asked: who was let in last is asked last.
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
@@ -48,6 +58,7 @@ class Turns:
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
+        self._lend()
         try:
             await turn
         except asyncio.CancelledError:
@@ -57,14 +68,38 @@ class Turns:
                 self.give(owner)  # it was let in, and cancelled before it could go
             raise
 
-    def give(self, owner: Hashable) -> None:
-        """Give a place of ``owner``'s back, and let in who may go now."""
-        self.free += 1
-        self._held[owner] -= 1
-        if not self._held[owner]:
-            del self._held[owner]
+    def give(self, owner: Hashable, *, overdue: bool = False) -> None:
+        """Give a place of ``owner``'s back, and let in who may go now. ``overdue`` says that it was told to be so."""
+        _subtract(self._held, owner)
+        if overdue:
+            _subtract(self._overdue, owner)
+        if self._lent.get(owner, 0) > self._overdue.get(owner, 0):
+            _subtract(self._lent, owner)  # another has its place
+            self._lendable += 1
+        else:
+            self.free += 1
         while self.free and self._let_in():
             pass
+        self._lend()
+
+    def overdue(self, owner: Hashable) -> None:
+        """One of ``owner``'s stays too long."""
+        self._overdue[owner] = self._overdue.get(owner, 0) + 1
+        self._lend()
+
+    def _lend(self) -> None:
+        """Let in who waits and holds nothing, in the places of those who stay too long."""
+        for owner, overdue in self._overdue.items():
+            while (
+                self._lendable
+                and not self.free
+                and self._lent.get(owner, 0) < min(overdue, LENT_EACH)
+                and any(waiting not in self._held for waiting in self._waiting)
+            ):
+                self._lendable -= 1
+                self._lent[owner] = self._lent.get(owner, 0) + 1
+                self.free += 1
+                self._let_in()
 
     def dismiss(self) -> None:
         """Have all who wait go."""
@@ -104,3 +139,9 @@ class Turns:
             queue.remove(turn)
             if not queue:
                 del self._waiting[owner]
+
+
+def _subtract(counts: dict[Hashable, int], owner: Hashable) -> None:
+    counts[owner] -= 1
+    if not counts[owner]:
+        del counts[owner]
