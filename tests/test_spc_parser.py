@@ -36,6 +36,42 @@ def test_objects_are_parsed_once() -> None:
     assert second.warnings == ('objects[0] (a0): unknown field "typo" is ignored',)
 
 
+def recall(parser: Parser, given: str) -> MountSpec | None:
+    return parser.recall(given, "null", "/target", "420")
+
+
+def test_a_class_is_recalled_once_it_was_parsed() -> None:
+    """Before that there is nothing to recall; afterwards it is the mount that parsing gives, with its own parameters."""
+    parser = Parser(Settings())
+    given = attributes(numbered(0), roleName="a")
+    assert recall(parser, given) is None
+    parsed = parser.parse(given, "null", "/target", "420")
+    assert recall(parser, given) == parsed
+    other = recall(parser, attributes(numbered(0), roleName="b"))
+    assert other is not None
+    assert (other.login.role, other.objects is parsed.objects) == ("b", True)
+
+
+def test_a_refused_class_is_recalled_as_refused() -> None:
+    """With the faults that it had."""
+    parser = Parser(Settings())
+    given = attributes("- {objectName: a}")
+    with pytest.raises(InvalidClass) as first:
+        parser.parse(given, "null", "/target", "420")
+    with pytest.raises(InvalidClass) as second:
+        recall(parser, given)
+    assert str(second.value) == str(first.value)
+
+
+@pytest.mark.parametrize("more", [{"typo": "x" * 70_000}, {f"typo{n}": "x" for n in range(40)}])
+def test_what_may_take_long_is_not_recalled(more: dict[str, str]) -> None:
+    """Many or long attributes are read where they hold nobody up, known class or not."""
+    parser = Parser(Settings())
+    mount(parser, numbered(0))
+    assert recall(parser, attributes(numbered(0))) is not None
+    assert recall(parser, attributes(numbered(0), **more)) is None
+
+
 def test_another_text_or_permission_is_another_class() -> None:
     """Nothing less than both makes two classes the same."""
     parser = Parser(Settings())

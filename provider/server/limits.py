@@ -62,13 +62,18 @@ class PodLimits:
 
     def begin(self, pod: str) -> None:
         """Count a mount of the pod of this UID. Raises PodFloods where it has spent all of anything."""
+        spent = self._of(pod)
         for spending in Spending:
-            self.check(pod, spending)
-        self.spend(pod, Spending.MOUNTS, 1)
+            self._refuse_over(spending, spent)
+        if self._limits[Spending.MOUNTS]:
+            spent[Spending.MOUNTS] = spent.get(Spending.MOUNTS, 0.0) + 1
 
     def check(self, pod: str, spending: Spending) -> None:
         """Raise PodFloods where the pod has nothing left of this."""
-        limit, spent = self._limits[spending], self._of(pod).get(spending, 0.0)
+        self._refuse_over(spending, self._of(pod))
+
+    def _refuse_over(self, spending: Spending, all_spent: Mapping[Spending, float]) -> None:
+        limit, spent = self._limits[spending], all_spent.get(spending, 0.0)
         at_once = AT_ONCE * limit
         # Of mounts a whole one has to be left, since each costs one; the smallest limit still allows one at a time.
         if (spent > max(0.0, at_once - 1)) if spending is Spending.MOUNTS else (limit and spent >= at_once):

@@ -172,18 +172,25 @@ class Service:
 
     async def _read(self, request: pb.MountRequest, pod: str) -> MountSpec:
         """What the request asks for, if the pod may still ask. Raises PodFloods and InvalidClass."""
+        self._limits.begin(pod)
+        spec = self._parser.recall(request.attributes, request.secrets, request.target_path, request.permission)
+        if spec is None:
+            spec = await self._read_anew(request, pod)
+        # Others of the pod's mounts may have spent what was left meanwhile.
+        self._limits.check(pod, Spending.OBJECTS)
+        self._limits.spend(pod, Spending.OBJECTS, sum(len(wanted.sources) for wanted in spec.objects))
+        return spec
+
+    async def _read_anew(self, request: pb.MountRequest, pod: str) -> MountSpec:
         await self._reading.take(pod)
         try:
-            self._limits.begin(pod)
+            self._limits.check(pod, Spending.PARSING)
             spec, seconds = await asyncio.get_running_loop().run_in_executor(self._reader, self._parse, request)
             self._limits.spend(pod, Spending.PARSING, seconds)
         finally:
             self._reading.give(pod)
         if isinstance(spec, InvalidClass):
             raise spec
-        # Others of the pod's mounts may have spent what was left meanwhile.
-        self._limits.check(pod, Spending.OBJECTS)
-        self._limits.spend(pod, Spending.OBJECTS, sum(len(wanted.sources) for wanted in spec.objects))
         return spec
 
     def _parse(self, request: pb.MountRequest) -> tuple[MountSpec | InvalidClass, float]:
