@@ -41,7 +41,7 @@ def recall(parser: Parser, given: str) -> MountSpec | None:
 
 
 def test_a_class_is_recalled_once_it_was_parsed() -> None:
-    """Before that there is nothing to recall; afterwards it is the mount that parsing gives, with its own parameters."""
+    """Before that there is nothing to recall; then it is the mount that parsing gives, with its own parameters."""
     parser = Parser(Settings())
     given = attributes(numbered(0), roleName="a")
     assert recall(parser, given) is None
