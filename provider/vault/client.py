@@ -144,7 +144,7 @@ class Vault:
             ttl=_seconds(auth.get("lease_duration")),
             renewable=bool(auth.get("renewable")),
             entity_id=str(auth.get("entity_id") or ""),
-            policies=tuple(sorted(str(policy) for policy in auth.get("policies") or auth.get("token_policies") or ())),
+            policies=_policies(auth),
             num_uses=int(_seconds(auth.get("num_uses"))),
         )
 
@@ -374,6 +374,12 @@ class VaultServers:
         if not any(vault.watch is idle.watch for vault in self._recent.values()):
             await idle.watch.close()
         await idle.close()
+
+
+def _policies(auth: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a token's policies, in one order; none where there is no list of them."""
+    named = auth.get("policies") or auth.get("token_policies")
+    return tuple(sorted(map(str, named))) if isinstance(named, list) else ()
 
 
 def mount_of(path: str) -> str:
