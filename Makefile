@@ -5,6 +5,7 @@
 #   make test    everything that has to hold before a change lands
 #   make bench   measure it, and write docs/benchmarks.md; QUICK=1 in a minute or two, docs/ left as it is
 #   make soak    a node under load and outages for MINUTES=10: nothing may be lost, and nothing left at the end
+#   make fuzz    hostile input through the driver's socket, EXAMPLES=5000 of each of eight kinds
 #   make unit    the tests alone, for the loop while writing; T="tests/test_spc.py -k alias" narrows them
 #   make check   the linters, the type checker and what can be known of the locks offline
 #   make audit   ask, on the network, for new advisories and yanked versions of what is locked
@@ -28,7 +29,7 @@ T ?=
 WORKERS ?= 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak unit check audit dist coverage tools stubs schemas lock bills upgrade clean
+.PHONY: help demo test bench soak fuzz unit check audit dist coverage tools stubs schemas lock bills upgrade clean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +45,11 @@ bench: $(READY)
 MINUTES ?= 10
 soak: $(READY)
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES)
+
+# What one of these finds belongs into the tests as an example.
+EXAMPLES ?= 5000
+fuzz: $(READY)
+	@FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s --show-capture=no tests/test_hostile.py
 
 # Stops at the first part that fails; the parts are ordered by how fast they tell.
 test: check coverage
