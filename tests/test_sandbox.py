@@ -626,6 +626,7 @@ def test_waiting_is_bounded() -> None:
     """A program's own time, kept by the kernel, and the time that is waited for it, are both within 2 s."""
     assert worker.SMALL.cpu < worker.FULL.cpu < process.LEAST_SECONDS < worker.WALL_SECONDS
     assert process.PATIENCE_SECONDS < worker.WALL_SECONDS
+    assert process.SUSPECT_PATIENCE_SECONDS + process.SUSPECT_WALL_SECONDS + process.ENDING_SECONDS < 2
     assert worker.WALL_SECONDS + process.ENDING_SECONDS < 2
 
 

@@ -21,6 +21,7 @@ from provider.errors import BadSecret, Code, InvalidClass, ProviderError, Secret
 from provider.redact import Sensitive
 from provider.render import Answered, Contents, Renderer, renderer
 from provider.render.job import Job
+from provider.sandbox import process
 from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
 from provider.spc import Login, MountSpec, ObjectSpec, Pod, VaultServer
@@ -638,3 +639,17 @@ print([name for name in new if name in sys.modules])
         [sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_check_without_time_is_no_fault_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be told whether a template is one, the mount fails as one that is worth another try."""
+    (spec,) = parse_class("- {objectName: o, secretPath: b, template: x}").objects
+    made = Renderer()
+    monkeypatch.setattr(process, "WALL_SECONDS", 0.001)
+    try:
+        with pytest.raises(BadSecret, match='object "o": its template: it did not end within'):
+            await made.check([spec], "shop")
+        monkeypatch.undo()
+        await made.check([spec], "shop")
+    finally:
+        await made.close()

@@ -21,7 +21,7 @@ from provider.spc.findings import Refused
 from provider.spc.model import AllKeys, Format, ObjectSpec, Pkcs12, SingleValue, Template, Whole
 
 if TYPE_CHECKING:
-    from provider.sandbox.process import Program, Result
+    from provider.sandbox.process import Failure, Program, Result
 
 # Keys that one error names.
 _MAX_NAMED: Final = 3
@@ -126,13 +126,18 @@ def _values(spec: ObjectSpec, responses: Sequence[Mapping[str, Any]]) -> list[An
     return values
 
 
+def failed_program(spec: ObjectSpec, failure: Failure) -> BadSecret:
+    """The error of an object whose program failed."""
+    kind = "template" if isinstance(spec.shape, Template) else "jmesPath"
+    return BadSecret(f"{object_name(spec)}: its {kind}: {failure.what}", failure.advice)
+
+
 def _outcome(spec: ObjectSpec, result: Result) -> bytes:
     """The contents that a program came to."""
     from provider.sandbox.process import Failure
 
     if isinstance(result, Failure):
-        kind = "template" if isinstance(spec.shape, Template) else "jmesPath"
-        raise BadSecret(f"{object_name(spec)}: its {kind}: {result.what}", result.advice)
+        raise failed_program(spec, result)
     shape = spec.shape
     if not isinstance(shape, SingleValue):
         return _utf8(spec, result.text)

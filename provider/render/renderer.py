@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from provider.errors import InvalidClass, ProviderError
+from provider.errors import BadSecret, InvalidClass, ProviderError
 from provider.redact import one_line
 from provider.render.contents import Contents
-from provider.render.job import Job, Made
+from provider.render.job import Job, Made, failed_program
 from provider.settings import MIB
 from provider.spc.model import ObjectSpec, Template
 
@@ -56,6 +56,7 @@ class Renderer:
         """Raise InvalidClass where a template among the objects is none, before anything is read for it.
 
         ``owner`` is who answers for the programs of the objects, the pod's namespace: it takes its turns with others.
+        Raises BadSecret where there was no time to tell.
         """
         unknown: dict[bytes, ObjectSpec] = {}
         for spec in objects:
@@ -74,9 +75,12 @@ class Renderer:
             if isinstance(spec.shape, Template)
         ]
         results = await self._run(checks, owner)
-        faults = []
+        faults: list[str] = []
+        untold: BadSecret | None = None
         for (digest, spec), result in zip(unknown.items(), results, strict=True):
-            if isinstance(result, Failure):
+            if isinstance(result, Failure) and not result.final:
+                untold = untold or failed_program(spec, result)
+            elif isinstance(result, Failure):
                 faults.append(f"objects ({one_line(spec.name, 80)}) template: {result.what} ({result.advice})")
             else:
                 self._checked[digest] = None
@@ -84,6 +88,8 @@ class Renderer:
             self._checked.popitem(last=False)
         if faults:
             raise InvalidClass(faults)
+        if untold is not None:
+            raise untold
 
     async def render(
         self, volume: str, answered: Sequence[Answered], owner: str, contents: Contents

@@ -43,8 +43,12 @@ ENDING_SECONDS: Final = 0.15
 # Seconds that a child with the full allowance is to have, so that it can use its second of the processor: what would
 # have less, since it waited, is not run.
 LEAST_SECONDS: Final = 1.3
-# Seconds after which what waits with, or behind, endless programs of its own owner is told so, rather than tried.
+# Seconds after which what waits behind endless programs of its own owner is told so, rather than tried; and those for
+# an owner that is remembered for them, whose mounts may wait twice, to check a template and to run it.
 PATIENCE_SECONDS: Final = 1.5
+SUSPECT_PATIENCE_SECONDS: Final = 0.4
+# Seconds in which the programs of such an owner are told how they ended.
+SUSPECT_WALL_SECONDS: Final = 1.4
 # Seconds for which what did not end is not tried again: of what kubelet asks for again and again, less is a load.
 RETRY_SECONDS: Final = 30.0
 # Owners of whom it is known when a program of theirs last took too long.
@@ -120,6 +124,12 @@ class _Call:
     wanted: str
     request: bytes = field(repr=False)
     began: float
+    suspect: bool
+
+    @property
+    def wall(self) -> float:
+        """Seconds from its beginning within which it is to have ended."""
+        return SUSPECT_WALL_SECONDS if self.suspect else WALL_SECONDS
 
     def all(self, failure: Failure) -> list[Result]:
         return [failure] * len(self.programs)
@@ -168,7 +178,7 @@ class Sandbox:
         texts = [_text_digest(program) for program in programs]
         with contextlib.suppress(WorkerLost):  # told below, where it is tried again
             await self._worker()
-        call = _Call(owner, programs, texts, _languages(programs), request, _now())
+        call = _Call(owner, programs, texts, _languages(programs), request, _now(), self._suspect(owner))
         if self._pace(call) <= Pace.NEW:
             results = await self._run_quickly(call)
             if results is not None:
@@ -177,8 +187,7 @@ class Sandbox:
 
     async def _run_quickly(self, call: _Call) -> list[Result] | None:
         """The results with the small allowance; None where they take the full one."""
-        suspect = self._suspect(call.owner)
-        seconds = PATIENCE_SECONDS if suspect else None
+        seconds = SUSPECT_PATIENCE_SECONDS if call.suspect else None
         async with self._small.place(call.owner, lambda: self._pace(call) is Pace.QUICK, seconds=seconds) as granted:
             # A Deployment's pods come with one text: the first of them has told while the others waited.
             if granted and self._pace(call) > Pace.NEW:
@@ -186,8 +195,8 @@ class Sandbox:
             waited = _now() - call.began
             if not granted or (waited > PATIENCE_SECONDS and self._last_exceeded(call.owner) >= call.began):
                 return call.all(_PUT_OFF)
-            if suspect:
-                run = await self._ask(call, SUSPECT, max(0.1, WALL_SECONDS - waited))
+            if call.suspect:
+                run = await self._ask(call, SUSPECT, call.wall - waited)
             else:
                 run = await self._ask(call, SMALL, WALL_SECONDS)
             results = _results(run.received, call.programs, _STARVED)
@@ -204,7 +213,7 @@ class Sandbox:
         ):
             return call.all(_PUT_OFF)
         ends = pace is Pace.LONG  # what ended before is waited for, and may take its time
-        until = call.began + WALL_SECONDS
+        until = call.began + call.wall
         seconds = None if ends else max(0.0, until - LEAST_SECONDS - now)
         async with self._full.place(call.owner, lambda: self._pace(call) is Pace.LONG, seconds=seconds) as granted:
             if not granted or (pace is not Pace.ENDLESS and self._pace(call) is Pace.ENDLESS):

@@ -49,10 +49,10 @@ CPU_SECONDS: Final = 1
 MEMORY_BYTES: Final = 64 * MIB
 # A daemon that has no time for anything else must still answer its driver: programs come after it, and those that take
 # long after the others.
-FULL: Final = Allowance(CPU_SECONDS, MEMORY_BYTES, 15)
+FULL: Final = Allowance(CPU_SECONDS, MEMORY_BYTES, 19)
 # What a program is first tried with, some ten times what most take. Whoever waits for one that does not end waits for
 # this at most.
-SMALL: Final = Allowance(0.1, 16 * MIB, 10)
+SMALL: Final = Allowance(0.1, 16 * MIB, 5)
 # The same for those of whose owner others took too long.
 SUSPECT: Final = replace(SMALL, niceness=FULL.niceness)
 # Seconds until a child ends in any case.
