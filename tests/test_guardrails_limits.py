@@ -28,6 +28,7 @@ from provider.spc.parameters import TOKENS
 from provider.telemetry.events import Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
+from provider.vault.turns import BULK, BULK_PLACES, Turns
 from tests.flooder import KINDS
 from tests.live import AUDIENCE, Cluster, Daemon, class_of
 from tests.spc_classes import GIVEN, attributes
@@ -283,6 +284,28 @@ async def test_classes_of_others_are_read_between_those_of_one_pod(tmp_path: Pat
         await mount(ONE, "other")
         assert ended.index("other") <= 2
         await asyncio.gather(*many)
+
+
+async def test_who_has_hundreds_of_reads_waiting_is_served_two_at_a_time() -> None:
+    """From when places come back, and until what waits is what a class of a hundred objects has."""
+    turns = Turns(60)
+    held: list[int] = []
+    now = 0
+
+    async def read() -> None:
+        nonlocal now
+        await turns.take("bulk")
+        now += 1
+        held.append(now)
+        await asyncio.sleep(0)
+        now -= 1
+        turns.give("bulk")
+
+    await asyncio.gather(*(read() for _ in range(400)))
+    began, ended = held.index(max(held)) + 1, 400 - BULK
+    assert max(held[:began]) > 50
+    assert max(held[began + 60 : ended]) == BULK_PLACES
+    assert turns.free == 60
 
 
 # --- what is told at the start ----------------------------------------------------------------------------

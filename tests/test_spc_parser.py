@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+from typing import Any
 
 import pytest
 
 from provider.errors import InvalidClass
 from provider.settings import Settings
 from provider.spc import MountSpec, Parser
+from provider.spc.objects import parse_objects
 from tests.spc_classes import attributes
 
 
@@ -89,7 +91,7 @@ def test_parameters_are_never_kept() -> None:
 
 
 def test_a_refused_class_is_refused_again() -> None:
-    """With the same faults, and it takes no place."""
+    """With the same faults, and it takes no place of one that is right."""
     parser = Parser(Settings())
     kept = mount(parser, numbered(0))
     messages = set()
@@ -99,6 +101,27 @@ def test_a_refused_class_is_refused_again() -> None:
         messages.add(str(refused.value))
     assert len(messages) == 1
     assert is_kept(parser, kept, numbered(0))
+
+
+def test_a_refused_class_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubelet asks for it again and again, and reading it may take a second: its faults are kept, and bounded."""
+    read: list[str] = []
+
+    def counting(text: str, *others: Any) -> Any:
+        read.append(text)
+        return parse_objects(text, *others)
+
+    monkeypatch.setattr("provider.spc.parser.parse_objects", counting)
+    parser = Parser(Settings())
+    faulty = [f"- {{objectName: ../a{n}, secretPath: b}}" for n in range(100)]
+    messages = []
+    for text in (faulty[0], faulty[0], *faulty[1:], faulty[0], faulty[99]):
+        with pytest.raises(InvalidClass) as refused:
+            mount(parser, text)
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1] == messages[-2]
+    assert read == [*faulty, faulty[0]]
+    assert len(parser._faulty._entries) == 64
 
 
 def test_the_number_of_classes_is_bounded() -> None:
