@@ -56,8 +56,10 @@ CLEAN = TTL + 60
 GROWTH_MIB = 16.0
 # Objects of Python: caches that are bounded by number (parsed classes, engines, metrics' series) fill up by and by.
 GROWTH_OBJECTS = 20_000
-# Connections to Vault and the Kubernetes API that are kept open for the next request, and their tasks.
-SPARE = 8
+# Threads that wait for work: Python's pool, which grows to this by its own rule, and gRPC's, which comes and goes.
+SPARE_THREADS = min(32, (os.cpu_count() or 1) + 4) + 4
+# Whoever asks just then: a probe of Vault, a scrape, a sweep, each a descriptor and a task.
+SPARE = 4
 
 OBJECTS = (
     *DATABASE,
@@ -84,6 +86,10 @@ class Level:
     tokens: int
     leases: int
     users: int
+
+    def of_pods(self) -> tuple[int, ...]:
+        """What must come to nothing once there are no pods."""
+        return self.sessions, self.kept, self.files, self.tokens, self.leases, self.users
 
 
 @dataclass
@@ -116,7 +122,7 @@ class Soak:
             "rss_mib": start.rss_mib + GROWTH_MIB,
             "objects": start.objects + GROWTH_OBJECTS,
             "tasks": start.tasks + SPARE,
-            "threads": start.threads + SPARE,
+            "threads": start.threads + SPARE_THREADS,
             "descriptors": start.descriptors + SPARE,
         }
         for name, now in vars(end).items():
@@ -310,12 +316,11 @@ def soak(directory: Path, minutes: float) -> Soak:
 def _settled(cluster: Cluster, daemon: Observed, root: set[str]) -> Level:
     """The level once nothing of any pod is left, or when that does not come about."""
     until = time.monotonic() + CLEAN
-    while True:
-        level = daemon.level(cluster, root)
-        left = (level.sessions, level.kept, level.files, level.tokens, level.leases, level.users)
-        if not any(left) or time.monotonic() > until:
-            return level
+    while any(daemon.level(cluster, root).of_pods()) and time.monotonic() < until:
         time.sleep(1)
+    # Ends the connections that are kept open for the next request: how many there are is chance.
+    cluster.bao.restart()
+    return daemon.level(cluster, root)
 
 
 def main() -> int:

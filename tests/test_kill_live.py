@@ -23,6 +23,9 @@ from tests.stand.driver import MountOutcome
 from tests.stand.kubelet import Kubelet
 from tests.stand.waiting import eventually
 
+# It fills the machine, and beside others each of some twenty starts of a daemon would take ten seconds.
+pytestmark = pytest.mark.alone
+
 PODS = 100
 MOUNTS_EACH = 10
 # Pods that are there at a time, each with a kubelet's thread of its own.
