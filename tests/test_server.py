@@ -38,7 +38,7 @@ from provider.server import Endpoint, Server, endpoint
 from provider.server.server import CONNECTION_AGE, SERVE_ON_FACTOR
 from provider.settings import MAX_MOUNT_BYTES, MIB, Settings
 from provider.spc import MountSpec, Parser
-from provider.telemetry.events import Telemetry
+from provider.telemetry.events import Event, MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
 
@@ -113,10 +113,18 @@ async def dialled(path: str | Path, *, patient: bool = True) -> AsyncIterator[gr
 
 @contextlib.asynccontextmanager
 async def serving(
-    path: str | Path, mounts: Mounting, *, mount_timeout: float = 30, parser: Parser | None = None
+    path: str | Path,
+    mounts: Mounting,
+    *,
+    mount_timeout: float = 30,
+    parser: Parser | None = None,
+    listener: Callable[[Event], None] | None = None,
 ) -> AsyncIterator[service_pb2_grpc.CSIDriverProviderAsyncStub]:
-    """A server at ``path``, and a client of it."""
-    server = Server(str(path), parser or Parser(Settings()), mounts, mount_timeout, Telemetry(), connection_age=AGE)
+    """A server at ``path``, and a client of it; ``listener`` is told of its events."""
+    telemetry = Telemetry()
+    if listener is not None:
+        telemetry.listen(listener)
+    server = Server(str(path), parser or Parser(Settings()), mounts, mount_timeout, telemetry, connection_age=AGE)
     await server.start()
     try:
         async with dialled(path) as channel:
@@ -274,6 +282,19 @@ async def test_class_with_faults_is_an_invalid_argument_and_is_not_fetched(path:
         code, message = await refusal(stub.Mount(pb.MountRequest(attributes="{}", permission="420")))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "roleName" in message
+
+
+async def test_refusal_names_the_volume_whose_class_cannot_be_read(path: Path) -> None:
+    """Of a class with faults the refusal has pod, class and volume, so that a re-mount that fails since its class was
+    changed is known as one: who watches has to learn which volume it is."""
+    told: list[Event] = []
+    request = pb.MountRequest(attributes=attributes(objects=""), target_path="/volume", permission="420")
+    async with serving(path, Mounting(PASSWORD), listener=told.append) as stub:
+        await refusal(stub.Mount(request))
+    (event,) = told
+    assert isinstance(event, MountRefused)
+    assert event.code == "INVALID_ARGUMENT"
+    assert (str(event.pod), event.class_name, event.target_path) == ("shop/web-0", "shop-secrets", "/volume")
 
 
 async def test_request_over_grpcs_own_limit_is_an_invalid_argument(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from provider.errors import Code, InvalidClass
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
-from provider.spc import Login, Parser, Pod, VaultServer
+from provider.spc import Login, Parser, Pod, VaultServer, mounting_class
 from tests.spc_classes import GIVEN, OBJECT, TOKENS, attributes, fault, faults, parse, parse_class
 
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3ZWIifQ.c2lnbmF0dXJl"
@@ -532,3 +532,12 @@ def test_faults_are_bounded() -> None:
     found = faults("\n".join(["- {objectName: a, secretPath: b, encoding: x}"] * 300))
     assert len(found) == 101
     assert found[-1] == "and 499 more faults"
+
+
+def test_the_class_is_found_without_reading_it() -> None:
+    """Its name is found where the rest cannot be read, no text of it passes for its name, and what is no name of
+    Kubernetes is none."""
+    forged = {"objects": '"secretProviderClass":"forged"', "secretProviderClass": "web-secrets"}
+    assert mounting_class(json.dumps(forged)) == "web-secrets"
+    assert mounting_class('{"secretProviderClass": "web-secrets", "objects": ') == "web-secrets"
+    assert mounting_class("{}") == mounting_class('{"secretProviderClass":"a b"}') == ""

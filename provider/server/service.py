@@ -24,7 +24,7 @@ from provider.redact import one_line
 from provider.render import too_large
 from provider.server.limits import REFUSAL_SECONDS, PodFloods, PodLimits, Spending
 from provider.settings import MAX_MOUNT_BYTES
-from provider.spc import MountSpec, Parser, Pod, mounting_pod
+from provider.spc import MountSpec, Parser, Pod, mounting_class, mounting_pod
 from provider.telemetry.events import MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.vault.turns import Turns
@@ -155,12 +155,15 @@ class Service:
             request = pb.MountRequest.FromString(data)
         except DecodeError:
             raise InvalidClass(["the driver's request is no MountRequest, or has text that is not UTF-8"]) from None
-        about.pod = mounting_pod(request.attributes)
+        about.pod, about.target_path = mounting_pod(request.attributes), request.target_path
         pod = about.pod.uid if about.pod else ""
         try:
             spec = await self._read(request, pod)
-        except PodFloods:
-            await asyncio.sleep(min(REFUSAL_SECONDS, self._limit / 2))
+        except ProviderError as error:
+            # The class that could not be read has a name all the same.
+            about.class_name = mounting_class(request.attributes)
+            if isinstance(error, PodFloods):
+                await asyncio.sleep(min(REFUSAL_SECONDS, self._limit / 2))
             raise
         about.know(spec)
         result = await self._mounts.mount(spec)

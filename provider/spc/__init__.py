@@ -17,7 +17,7 @@ from provider.spc.model import (
     VaultServer,
     Whole,
 )
-from provider.spc.parameters import mounting_pod
+from provider.spc.parameters import mounting_class, mounting_pod
 from provider.spc.parser import Parser
 
 __all__ = [
@@ -37,5 +37,6 @@ __all__ = [
     "Template",
     "VaultServer",
     "Whole",
+    "mounting_class",
     "mounting_pod",
 ]

@@ -62,6 +62,7 @@ _KUBERNETES_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0
 _OF_POD: Final = re.compile(
     rf'(?<!\\)"({re.escape(_DRIVERS_OWN)}(?:pod\.(?:name|namespace|uid)|serviceAccount\.name))"\s*:\s*"([^"\\]{{1,253}})"'
 )
+_OF_CLASS: Final = re.compile(rf'(?<!\\)"{CLASS_NAME}"\s*:\s*"([^"\\]{{1,253}})"')
 _SPACE: Final = (" ", "\t", "\r", "\n")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Go's strconv.ParseBool, which the Go providers read it with.
@@ -191,6 +192,12 @@ def mounting_pod(attributes: str) -> Pod | None:
     given = dict(_OF_POD.findall(attributes))
     named = [given.get(key, "") for key in (POD_NAMESPACE, POD_NAME, POD_UID, SERVICE_ACCOUNT)]
     return Pod(*named) if all(map(_KUBERNETES_NAME.fullmatch, named)) else None
+
+
+def mounting_class(attributes: str) -> str:
+    """The SecretProviderClass that the attributes are of, found in the same way; "" where it is not told."""
+    named = _OF_CLASS.search(attributes)
+    return named[1] if named and _KUBERNETES_NAME.fullmatch(named[1]) else ""
 
 
 class Parameters:
