@@ -172,13 +172,16 @@ def test_classes_are_accepted() -> None:
 
 
 def test_pod_mounts_the_class() -> None:
-    """The pod's volume names the class, in its namespace, and its container mounts the volume."""
+    """The pod's volume names the class, in its namespace, its container mounts the volume, and its account is made."""
     (pod,), (secret_class,) = manifests("Pod"), manifests("SecretProviderClass")
     (volume,) = pod["spec"]["volumes"]
     assert volume["csi"]["volumeAttributes"]["secretProviderClass"] == secret_class["metadata"]["name"]
     assert pod["metadata"]["namespace"] == secret_class["metadata"]["namespace"]
     assert [mount["name"] for mount in pod["spec"]["containers"][0]["volumeMounts"]] == [volume["name"]]
     account, namespace = pod["spec"]["serviceAccountName"], pod["metadata"]["namespace"]
+    # Kubernetes makes no pod for an account that is not there.
+    (made,) = manifests("ServiceAccount")
+    assert (made["metadata"]["name"], made["metadata"]["namespace"]) == (account, namespace)
     role = secret_class["spec"]["parameters"]["roleName"]
     set_up = "\n".join(blocks("sh"))
     assert f"auth/kubernetes/role/{role} audience=vault" in set_up
