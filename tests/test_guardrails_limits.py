@@ -189,13 +189,18 @@ def test_a_class_cannot_pass_for_another_pod() -> None:
             pod = mounting_pod(json.dumps({**GIVEN, **names}, sort_keys=True))
             assert pod is not None
             assert pod.uid == GIVEN["csi.storage.k8s.io/pod.uid"]
+    # A parameter's name may be anything, and come after the driver's.
+    for name in ('"csi.storage.k8s.io/pod.uid', '\\"csi.storage.k8s.io/pod.uid', " csi.storage.k8s.io/pod.uid"):
+        pod = mounting_pod(json.dumps({**GIVEN, name: "victim"}))
+        assert pod is not None
+        assert pod.uid == GIVEN["csi.storage.k8s.io/pod.uid"]
 
 
 # --- over the socket --------------------------------------------------------------------------------------
 
 
 ONE = "- {objectName: password, secretPath: secret/data/app}"
-TEN = "\n".join(f"- {{objectName: o{number}, secretPath: a}}" for number in range(10))
+TEN = "\n".join(f"- objectName: o{number}\n  secretPath: a" for number in range(10))
 SOURCES = (
     "- {objectName: o, template: x, sources: {" + ", ".join(f"s{n}: {{secretPath: a{n}}}" for n in range(10)) + "}}"
 )
@@ -251,6 +256,20 @@ async def test_a_pod_over_its_share_is_refused_and_others_are_not(
         assert await caller.mount(pod="other") == "OK"
 
 
+async def test_mounts_at_one_time_do_not_pass_together(tmp_path: Path) -> None:
+    """Of many that come before the first of them is read, as many are mounted as the pod's share allows."""
+    hostile = json.loads(CLASSES["many sources"]())["objects"]
+    settings = replace(SMALL, max_pod_mounts=0)
+    async with serving(tmp_path / "s", Mounting(PASSWORD), settings) as caller:
+        # While this one is read, they all arrive.
+        first = asyncio.create_task(caller.mount(hostile, "other"))
+        await asyncio.sleep(0.05)
+        outcomes = await asyncio.gather(*(caller.mount(f"{TEN}\n# {number}") for number in range(8)))
+        await first
+    assert outcomes.count("OK") == 1
+    assert sum("more than its share" in outcome for outcome in outcomes) == 7
+
+
 async def test_what_files_hold_is_counted(tmp_path: Path) -> None:
     """A pod whose files came to its MiB is refused, though it has few of them."""
     large = result(RenderedFile("password", 0o600, b"x" * (2 * MIB)))
@@ -264,8 +283,10 @@ async def test_reading_hostile_classes_is_counted(tmp_path: Path) -> None:
     """Another hostile class each time is read for a few tenths of a second, and then no more."""
     hostile = json.loads(CLASSES["many sources"]())["objects"]
     async with serving(tmp_path / "s", Mounting(PASSWORD), Settings()) as caller:
-        told = [await caller.mount(f"{hostile}\n# {number}") for number in range(6)]
-    assert told[0].startswith("INVALID_ARGUMENT")
+        told = await asyncio.gather(*(caller.mount(f"{hostile}\n# {number}") for number in range(6)))
+        told.append(await caller.mount(f"{hostile}\n# 7"))
+    assert any(outcome.startswith("INVALID_ARGUMENT") for outcome in told)
+    assert sum("seconds of reading its classes" in outcome for outcome in told[:-1]) >= 3
     assert "seconds of reading its classes" in told[-1]
 
 

@@ -99,7 +99,7 @@ class AddressPattern:
         if self.host != "*" and self.host != place.host:
             # The dot before the domain is part of what has to be there: evil-example.com is not of example.com.
             domain = self.host.removeprefix("*")
-            if domain == self.host or _is_ip(place.host) or not place.host.endswith(domain):
+            if domain == self.host or not place.host.endswith(domain):
                 return False
         if (self.scheme, self.port or place.port) != (place.scheme, place.port):
             return False
