@@ -63,7 +63,6 @@ def found_in(expressions: Sequence[str]) -> Callable[[str], bool]:
         options = re2.Options()
         options.max_mem = _MAX_JOINED
         options.log_errors = False
-        options.never_capture = True  # names of groups may be the same
         try:
             joined = re2.compile("|".join(f"(?:{text})" for text in expressions), options=options)
         except re2.error:
