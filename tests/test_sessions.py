@@ -12,6 +12,7 @@ import logging
 import random
 
 import pytest
+from cryptography import x509
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from provider.errors import Code, MountFailed, OutOfTime
 from provider.sessions import registry
 from provider.sessions.model import HeldToken
 from provider.spc import Pod
+from tests.stand.pki import Authority
 from tests.stand.simnode import CERTIFICATE, PRIVATE_KEY, STATIC, Node, Stage, credential, wanted
 from tests.stand.simtime import simulated
 from tests.stand.simvault import Creds, Role
@@ -326,6 +328,24 @@ async def test_certificate_is_kept_until_its_percentage() -> None:
         assert stage.vault.count("pki/issue/web") == 2
         files = node.files[pod.uid, "/volume"]
         assert files["certificate"].removeprefix("cert-") == files["key"].removeprefix("key-")
+
+
+@days
+@simulated
+@pytest.mark.parametrize("wrong_by", [-12 * HOUR, 3 * DAY])
+async def test_certificate_is_kept_by_its_validity_where_the_nodes_date_is_wrong(wrong_by: float) -> None:
+    """A date that is behind keeps it not past its end, one that is ahead has not one issued at every mount."""
+    pem = Authority().server().cert_pem.decode()
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    validity = (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.pem, stage.vault.certificates["pki/issue/web"] = pem, validity
+        stage.clock.set_date(wrong_by)
+        await node.remount(0.3 * validity, pod, CERTIFICATE)
+        assert stage.vault.count("pki/issue/web") == 1
+        await node.remount(0.4 * validity, pod, CERTIFICATE)
+        assert stage.vault.count("pki/issue/web") == 2
 
 
 @days

@@ -58,6 +58,15 @@ def bundle(data: Mapping[str, Any]) -> Bundle:
     return Bundle(_ordered(certificates), key)
 
 
+def validity(data: Mapping[str, Any]) -> float | None:
+    """Seconds for which the certificate in ``data`` is valid in all; None where there is none that can be read."""
+    try:
+        (certificate,) = _loaded([block for _, block in pem_blocks(_text(data, "certificate"))[:1]])
+    except (Unusable, ValueError):
+        return None
+    return (certificate.not_valid_after_utc - certificate.not_valid_before_utc).total_seconds()
+
+
 def pem(data: Mapping[str, Any]) -> str:
     """Private key, certificate and chain. Raises Unusable."""
     found = bundle(data)

@@ -99,6 +99,8 @@ class SimVault:
         self.roles: dict[str, Role] = {"app": Role()}
         self.creds: dict[str, Creds] = {"database/creds/app": Creds()}
         self.certificates: dict[str, float] = {"pki/issue/web": 86400}
+        # What each of them reads as; "" gives each a name that is no certificate.
+        self.pem = ""
         self.kv: dict[str, dict[str, Any]] = {"secret/data/app": {"data": {"password": "pass-1"}, "metadata": {}}}
         self.engines = {
             "secret/": ("kv", "2"),
@@ -294,7 +296,11 @@ class SimVault:
             number = next(self._numbers)
             end = int(self._world.now() + CERTIFICATE_DATE + self.certificates[path])
             return 200, _envelope(
-                {"certificate": f"cert-{number}", "private_key": f"key-{number}", "serial_number": f"{number}"}
+                {
+                    "certificate": self.pem or f"cert-{number}",
+                    "private_key": f"key-{number}",
+                    "serial_number": f"{number}",
+                }
                 | {"expiration": end}
             )
         if path.startswith("totp/"):
