@@ -108,7 +108,7 @@ async def running(
     kubernetes = Kubernetes(str(shop.kube.write_kubeconfig(directory / "kubeconfig")))
     version_key = HmacKey(settings, kubernetes, clock)
     sessions = Sessions(servers, settings, clock=clock, key=version_key.get, telemetry=Telemetry())
-    renderer = Renderer()
+    renderer = Renderer(Telemetry())
     try:
         yield Node(
             Mounter(servers, sessions, kubernetes, version_key, renderer, timeout=timeout, telemetry=Telemetry()),

@@ -24,7 +24,8 @@ from provider.render.job import Job
 from provider.sandbox import process
 from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
-from provider.spc import Login, MountSpec, ObjectSpec, Pod, VaultServer
+from provider.spc import Login, MountSpec, ObjectSpec, Pod, SecretRequest, Source, Template, VaultServer
+from provider.telemetry.events import Event, ProgramEnded, Telemetry
 from provider.versions import object_version, shaped_version
 from tests.spc_classes import parse_class
 from tests.stand.ecommerce import EcommerceStand
@@ -231,10 +232,11 @@ async def test_keystores_stay_the_same(node: Node, shop: EcommerceStand, tmp_pat
     answers = [json.loads(made["all.json"]), {"data": {"data": {"user": "web"}}}]
     script = (
         "import asyncio, json, sys; from provider.render import Answered, Contents, Renderer; "
-        "from tests.spc_classes import parse_class; given = json.load(sys.stdin); "
+        "from provider.telemetry.events import Telemetry; from tests.spc_classes import parse_class; "
+        "given = json.load(sys.stdin); "
         "(spec,) = parse_class(given['class']).objects; "
         "contents = Contents(1); "
-        "asyncio.run(Renderer().render('v', [Answered(spec, given['answers'])], 'shop', contents)); "
+        "asyncio.run(Renderer(Telemetry()).render('v', [Answered(spec, given['answers'])], 'shop', contents)); "
         "((file,),) = contents.made.values(); print(file.contents.hex())"
     )
     text = (
@@ -337,7 +339,7 @@ async def test_files_that_collide_are_named(node: Node, shop: EcommerceStand) ->
 
 async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes], list[ProviderError]]:
     """What objects come to, with the data of one source each, without a Vault."""
-    made = Renderer()
+    made = Renderer(Telemetry())
     specs = parse_class(objects).objects
     responses = [{"data": one} for one in data]
     contents = Contents(len(specs))
@@ -487,7 +489,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(renderer, "MAX_VOLUMES", 2)
     monkeypatch.setattr(renderer, "MAX_CHECKED", 1)
     monkeypatch.setattr(renderer, "MAX_REMEMBERED", 100)
-    made = Renderer()
+    made = Renderer(Telemetry())
 
     def object_of(text: str) -> ObjectSpec:
         return parse_class("- {objectName: o, secretPath: b, template: '" + text + "'}").objects[0]
@@ -518,7 +520,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_what_is_remembered_is_forgotten_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A volume that is mounted no more leaves nothing of its secrets, once others are mounted."""
-    made = Renderer()
+    made = Renderer(Telemetry())
     (spec,) = parse_class("- {objectName: o, secretPath: b, template: '{{ secret.a }}'}").objects
     try:
         for volume in ("gone", "kept"):
@@ -588,7 +590,7 @@ async def test_what_ran_out_of_time_is_tried_again(monkeypatch: pytest.MonkeyPat
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for text, runs in ((loop, 2), ("{{ 1 / 0 }}", 1)):
         (spec,) = parse_class("- {objectName: o, secretPath: b, template: '" + text + "'}").objects
-        made = Renderer()
+        made = Renderer(Telemetry())
         programs.ran.clear()
         try:
             for _ in range(2):
@@ -617,16 +619,42 @@ async def test_output_is_within_what_a_volume_holds() -> None:
     assert "comes to more than 4 MiB" in error.what
 
 
+@pytest.mark.parametrize(
+    ("template", "limit"),
+    [
+        ("{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}{% endfor %}{% endfor %}", ["cpu"]),
+        ("{% set x = 'a' * 10 ** 9 %}", ["memory"]),
+        ("{% for i in range(9) %}{{ secret.a }}{% endfor %}", ["output"]),
+        ("{{ secret.b }}", []),
+        ("{{ secret.a[:1] }}", []),
+    ],
+)
+async def test_what_is_ended_by_force_is_told_by_its_limit(template: str, limit: list[str]) -> None:
+    """One event for each program that a bound ended, and none for one that failed or ended by itself."""
+    told: list[Event] = []
+    telemetry = Telemetry()
+    telemetry.listen(told.append)
+    made = Renderer(telemetry)
+    spec = ObjectSpec("o", (Source("secret", SecretRequest("GET", "b")),), Template(template), 0o644)
+    try:
+        secret = {"data": {"a": "x" * (MAX_MOUNT_BYTES // 8)}}
+        await made.render("volume", [Answered(spec, [secret])], "shop", Contents(1))
+    finally:
+        await made.close()
+    assert told == [ProgramEnded(name) for name in limit]
+
+
 def test_classes_without_these_fields_import_nothing_new() -> None:
     """Parsing and rendering a plain class loads no template engine, no expression engine, no keystore, no sandbox."""
     script = """
 import asyncio, sys
 import provider.cli.parts
 from provider.render import Renderer, render_plain
+from provider.telemetry.events import Telemetry
 from tests.spc_classes import parse_class
 spec = parse_class("- {objectName: a, secretPath: b, secretKey: c, optional: true}\\n- {objectName: d, secretPath: b}")
 async def main():
-    made = Renderer()
+    made = Renderer(Telemetry())
     assert [render_plain(one, {"data": {"c": "x"}})[:1] for one in spec.objects if one.plain] == [b"x", b"{"]
     await made.check(spec.objects, "shop")
     await made.close()
@@ -644,7 +672,7 @@ print([name for name in new if name in sys.modules])
 async def test_a_check_without_time_is_no_fault_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it cannot be told whether a template is one, the mount fails as one that is worth another try."""
     (spec,) = parse_class("- {objectName: o, secretPath: b, template: x}").objects
-    made = Renderer()
+    made = Renderer(Telemetry())
     monkeypatch.setattr(process, "WALL_SECONDS", 0.001)
     try:
         with pytest.raises(BadSecret, match='object "o": its template: it did not end within'):

@@ -71,7 +71,7 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
         sweeper = Sweeper(sessions, kubernetes, settings, clock=clock, telemetry=telemetry)
         for name, work in (("renewals", sessions.run), ("sweeps", sweeper.run)):
             stack.push_async_callback(_end, asyncio.create_task(_keep_running(name, work), name=name))
-        renderer = Renderer()
+        renderer = Renderer(telemetry)
         stack.push_async_callback(renderer.close)
         mounts = Mounter(
             servers, sessions, kubernetes, key, renderer, timeout=settings.mount_timeout, telemetry=telemetry

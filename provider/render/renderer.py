@@ -21,6 +21,7 @@ from provider.render.contents import Contents
 from provider.render.job import Job, Made, failed_program
 from provider.settings import MIB
 from provider.spc.model import ObjectSpec, Template
+from provider.telemetry.events import ProgramEnded, Telemetry
 
 if TYPE_CHECKING:
     from provider.sandbox.process import Program, Result, Sandbox
@@ -45,7 +46,8 @@ class Answered:
 class Renderer:
     """Renders for a daemon. ``close`` ends the process that programs run in, if there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
         self._sandbox: Sandbox | None = None
         self._checked: OrderedDict[bytes, None] = OrderedDict()
         # By volume, the latest mounted last: what was made, its bytes, and when.
@@ -118,11 +120,15 @@ class Renderer:
             await self._sandbox.close()
 
     async def _run(self, programs: Sequence[Program], owner: str) -> list[Result]:
-        if self._sandbox is None:
-            from provider.sandbox.process import Sandbox
+        from provider.sandbox.process import Failure, Sandbox
 
+        if self._sandbox is None:
             self._sandbox = Sandbox()
-        return await self._sandbox.run(programs, owner)
+        results = await self._sandbox.run(programs, owner)
+        for result in results:
+            if isinstance(result, Failure) and result.limit:
+                self._telemetry.record(ProgramEnded(result.limit))
+        return results
 
     def _keep(self, volume: str, memory: Made) -> None:
         size = sum(len(kept) if isinstance(kept, bytes) else len(getattr(kept, "text", "")) for kept in memory.values())

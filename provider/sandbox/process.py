@@ -99,12 +99,14 @@ class Outcome:
 class Failure:
     """A program failed: a sentence that names lines and names of the program, never a value; and what to do.
 
-    ``final`` is whether it would fail again: what ran out of time may have had too little of the processor.
+    ``final`` is whether it would fail again: what ran out of time may have had too little of the processor. ``limit``
+    is the bound that ended it: "cpu", "memory", "output" or "time"; "" where it failed by itself.
     """
 
     what: str
     advice: str
     final: bool = True
+    limit: str = ""
 
 
 Result: TypeAlias = Outcome | Failure
@@ -442,6 +444,7 @@ _ENDLESS: Final = Failure(
     f"it took more than {FULL.cpu:g} s of processor time, with those before it",
     "look for a loop that does not end",
     final=False,
+    limit="cpu",
 )
 _CRASHED: Final = Failure(
     "its process ended without an answer", "it may have taken too much memory, or nested too deeply", final=False
@@ -455,11 +458,13 @@ _PUT_OFF: Final = Failure(
     "run that may not end",
     "look for a loop that does not end; it is tried again when the volume is mounted again",
     final=False,
+    limit="cpu",
 )
 _STARVED: Final = Failure(
     f"it did not end within {WALL_SECONDS:g} s, in which it had less than {FULL.cpu:g} s of processor time",
     "look for a loop that does not end, and at the node's load; it is tried again when the volume is mounted again",
     final=False,
+    limit="time",
 )
 _NOT_RUN: Final = Failure("it was not run, since one before it did not end", "see the first one", final=False)
 _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
@@ -491,10 +496,12 @@ def _failure(text: str) -> Failure:
         what, advice = _SENTENCES[code]
         told = f"({name})" if code == "expression" and name else f'"{name}"' if code in _NAMING and name else str(name)
         sentence = what.replace("{name}", told or "a name")
-        return Failure(f"line {int(line)} {sentence}" if line else f"it {sentence}", advice)
+        limit = code if code in _LIMITS else ""
+        return Failure(f"line {int(line)} {sentence}" if line else f"it {sentence}", advice, limit=limit)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _CRASHED
 
 
+_LIMITS: Final = frozenset({"memory", "output"})
 _NAMING: Final = frozenset({"undefined", "nothing"})
 _NO_MEMORY: Final = _failure('["memory", 0, ""]')

@@ -132,7 +132,7 @@ class Node:
             self.sessions,
             _Tokens(),
             key,
-            Renderer(),
+            Renderer(Telemetry()),
             timeout=settings.mount_timeout,
             telemetry=Telemetry(),
         )
