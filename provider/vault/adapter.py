@@ -23,7 +23,7 @@ from provider.redact import MASK, Sensitive, one_line
 from provider.vault.failures import NotSent
 from provider.vault.redirects import FOLLOWED, MAX_HOPS, NotFollowed
 from provider.vault.transport import Answer, Transport
-from provider.vault.watch import PATIENCE_SECONDS, Asker
+from provider.vault.watch import Asker
 
 # docs/contract.md section 3: answers after which the same request may be sent again.
 RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 501, 502, 503, 504})
@@ -118,8 +118,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         body = kwargs.get("data")
         if body is None and kwargs.get("json") is not None:
             body = json.dumps(kwargs["json"]).encode()
-        patient = asyncio.get_running_loop().time() + PATIENCE_SECONDS if self._of_mount is not None else -math.inf
-        asker = Asker(self._owner, self._of_mount, patient)
+        asker = Asker(self._owner, self._of_mount, asyncio.get_running_loop().time())
         for tries in range(1, MAX_TRIES + 1):
             wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
             try:

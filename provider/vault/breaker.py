@@ -14,9 +14,9 @@ from typing import Final
 
 from provider.vault.failures import VaultUnreachable
 
-# Between two looks at a Vault, at least; the jitter on top keeps a thousand nodes from looking in step.
+# Between two looks at a Vault, at least; the jitter on top drives apart a thousand nodes that began together.
 PROBE_SECONDS: Final = 1.0
-PROBE_JITTER_SECONDS: Final = 0.25
+PROBE_JITTER_SECONDS: Final = 0.1
 # Between the first failure and the look at whether it means anything: a listener that restarts is back by then.
 DOUBT_SECONDS: Final = 0.3
 # How long a Vault is looked at after the last mount was refused: kubelet asks again every two minutes at the least, so

@@ -21,9 +21,11 @@ from provider.vault.turns import Turns
 _log = logging.getLogger(__name__)
 
 # How long a mount waits for a Vault that is away before it is refused, within a second whatever else it has to do. It
-# rides out what is over at the first look; and of mounts that come as Vault comes back about half succeed, instead of
-# in up to two minutes, when kubelet asks again.
-PATIENCE_SECONDS: Final = 0.5
+# rides out what is over at the first look; and most mounts that come as Vault comes back succeed, instead of in up to
+# two minutes, when kubelet asks again. Of many that come together the later ones have less of their second left.
+PATIENCE_SECONDS: Final = 0.75
+CROWD: Final = 16
+PATIENCE_IN_A_CROWD_SECONDS: Final = 0.4
 # Without any answer to anybody for this time, Vault may hang, and is looked at. Longer than it needs for anything but
 # slow engines, and beside those it answers others.
 SILENT_SECONDS: Final = 3.0
@@ -41,12 +43,12 @@ class Asker:
     """For whom a request goes out. ``owner`` takes turns with others; None never waits for them.
 
     ``mount`` tells mounts apart, and is None for what is none: that is refused at once while Vault is away, a mount
-    ``patient_until`` the event loop's time.
+    after PATIENCE_SECONDS ``since`` the event loop's time.
     """
 
     owner: object = None
     mount: int | None = None
-    patient_until: float = -math.inf
+    since: float = -math.inf
 
 
 class Watch:
@@ -67,15 +69,19 @@ class Watch:
         self._next_look: asyncio.TimerHandle | None = None
         self._looks: set[asyncio.Task[None]] = set()
         self._change: asyncio.Future[None] | None = None
+        self._waiting = 0
 
     async def admit(self, asker: Asker) -> None:
         """Let ``asker`` pass, at once where nothing is wrong. Raises VaultUnreachable while Vault is away."""
         breaker = self._breaker
+        patience = 0.0
+        if asker.mount is not None:
+            patience = PATIENCE_SECONDS if self._waiting < CROWD else PATIENCE_IN_A_CROWD_SECONDS
         while breaker.state is not State.THERE:
             loop = asyncio.get_running_loop()
             breaker.want(loop.time())
             if breaker.state is State.AWAY:
-                left = asker.patient_until - loop.time()
+                left = asker.since + patience - loop.time()
                 if left <= 0:
                     raise breaker.refuse(asker.mount)
                 await self._changed(left)
@@ -175,7 +181,11 @@ class Watch:
         """Wait until something else is believed, or for so long."""
         if self._change is None:
             self._change = asyncio.get_running_loop().create_future()
-        await asyncio.wait([self._change], timeout=seconds)
+        self._waiting += 1
+        try:
+            await asyncio.wait([self._change], timeout=seconds)
+        finally:
+            self._waiting -= 1
 
     # -- looks -----------------------------------------------------------------------------------------------------
 
