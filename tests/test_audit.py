@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from provider.clock import SystemClock
-from provider.errors import LoginDenied
+from provider.errors import LoginDenied, VaultUnavailable
 from provider.settings import MIB, TlsSettings
 from provider.spc import Login, MountSpec, Pod, SecretRequest, VaultServer
 from provider.telemetry import audit
@@ -224,7 +224,7 @@ def test_refusal_of_what_cannot_be_read_says_what_is_known(listener: Listener) -
 
 
 def test_login_and_its_refusal(listener: Listener) -> None:
-    """A login has the token's accessor and life; a refused one code and reason."""
+    """A login has the token's accessor and life; one that came to nothing code and reason, and whether Vault spoke."""
     spec = MountSpec(POD, "web-secrets", "/t", SERVER, LOGIN, ())
     ok = listener.one(LoggedIn(spec, "accessor-1", 3600.0, 0.1, None))
     assert ok == {
@@ -235,6 +235,8 @@ def test_login_and_its_refusal(listener: Listener) -> None:
         "accessor": "accessor-1",
         "ttl_seconds": 3600,
     }
+    away = listener.one(LoggedIn(spec, "", 0.0, 0.1, VaultUnavailable("no connection", "look")))
+    assert (away["outcome"], away["code"]) == ("unanswered", "FAILED_PRECONDITION")
     refused = listener.one(LoggedIn(spec, "", 0.0, 0.1, LoginDenied("no such role", "make it")))
     assert (refused["outcome"], refused["code"]) == ("refused", "PERMISSION_DENIED")
     assert refused["reason"] == "no such role: make it"

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 from provider import __version__
+from provider.errors import LoginDenied
 from provider.redact import one_line
 from provider.spc.model import Login, ObjectSpec, Pod, VaultServer
 from provider.telemetry.events import (
@@ -53,6 +54,7 @@ CREATE_SECONDS: Final = 0.5
 
 OK: Final = "ok"
 REFUSED: Final = "refused"
+UNANSWERED: Final = "unanswered"
 
 
 class Audit:
@@ -127,7 +129,8 @@ class Audit:
 
     def _logged_in(self, event: LoggedIn) -> dict[str, Any]:
         spec, error = event.spec, event.error
-        told = self._line("login", OK if error is None else REFUSED, event.seconds)
+        outcome = OK if error is None else REFUSED if isinstance(error, LoginDenied) else UNANSWERED
+        told = self._line("login", outcome, event.seconds)
         told |= _who(spec.pod, spec.class_name, spec.login, spec.server)
         told |= {"accessor": _safe(event.accessor), "ttl_seconds": round(event.ttl)}
         return told if error is None else told | {"code": error.code.name, "reason": _safe(str(error))}
