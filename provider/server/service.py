@@ -31,6 +31,8 @@ from provider.vault.turns import Turns
 
 PROTOCOL_VERSION: Final = "v1alpha1"
 RUNTIME_NAME: Final = "vault-csi-provider"
+# Files of a volume that take more than some 5 ms to serialise.
+MANY_FILES: Final = 1000
 # Seconds over the mount's own limit, which says better what was waited for: this one is for what forgets it.
 BACKSTOP_SECONDS: Final = 1.0
 
@@ -167,7 +169,8 @@ class Service:
             raise
         about.know(spec)
         result = await self._mounts.mount(spec)
-        answer = _answer(result)
+        many = len(result.files) > MANY_FILES
+        answer = await asyncio.to_thread(_answer, result) if many else _answer(result)
         self._limits.spend(pod, Spending.BYTES, len(answer))
         if result.event is not None:
             self._telemetry.record(result.event)
