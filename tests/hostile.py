@@ -30,6 +30,7 @@ from provider.v1alpha1 import service_pb2_grpc
 from tests.spc_classes import GIVEN, OBJECT
 from tests.stand.faulty import Answer, Arrival, Faulty, secret, token
 from tests.stand.pki import Authority
+from tests.stand.waiting import eventually
 from tests.test_server import dialled
 
 CANARY = "canary-f00dfeed"
@@ -204,6 +205,10 @@ class Hostile:
         began = time.monotonic()
         code, message, files = self._runner.run(self._call(request))
         seconds = time.monotonic() - began
+        # The audit log is written in a thread; its last line of a mount says how it ended.
+        eventually(
+            lambda: any(b'"event":"mount"' in line or b'"event":"refusal"' in line for line in self._audit), "told"
+        )
         told = "\n".join([*self._lines.lines, b"".join(self._audit).decode()])
         return Ended(code, message, files, seconds, told)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -13,6 +14,7 @@ from tests.live import Cluster, Daemon, class_of
 from tests.stand.driver import Driver
 from tests.stand.faulty import Answer, Faulty, secret, token
 from tests.stand.kubeapi import Pod
+from tests.stand.waiting import eventually
 
 FIELDS = "{objectName: api-key, secretPath: shop/data/app, secretKey: api_key}"
 
@@ -87,9 +89,8 @@ def test_an_address_that_the_operator_allows_works_hardened(cluster: Cluster, te
     """With the flag and the value that the refusal names, the class mounts."""
     with Daemon(cluster, "--hardened", f"--allowed-vault-addresses={tenants_vault.address}") as daemon:
         assert mount(cluster, daemon, vaultAddress=tenants_vault.address) == "x"
-        assert daemon.said("guardrails: hardened")
-        assert daemon.said("--vault-addr allows http://")
-        assert daemon.said("--allowed-vault-addresses allows http://")
+        for told in ("guardrails: hardened", "--vault-addr allows http://", "--allowed-vault-addresses allows http://"):
+            eventually(partial(daemon.said, told), f"the log says: {told}")
 
 
 def test_a_file_of_the_provider_is_not_looked_at(cluster: Cluster, tmp_path: Path) -> None:

@@ -118,7 +118,6 @@ async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) ->
 
     loop = asyncio.get_running_loop()
     Log.watch(loop)
-    guardrails.tell(settings)
     for number in _SIGNALS:
         loop.add_signal_handler(number, told_to_stop.set)
     async with AsyncExitStack() as stack:
@@ -134,6 +133,7 @@ async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) ->
             await stack.enter_async_context(http)
         if not told_to_stop.is_set():
             await server.start()
+            guardrails.tell(settings)
             _settle_memory()
             await told_to_stop.wait()
             await server.stop()
