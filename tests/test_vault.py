@@ -369,13 +369,16 @@ class TestConnections:
 
         Where it is not found for a while, it is where it was.
         """
-        go_on, resolve, hung = threading.Event(), socket.getaddrinfo, []
+        go_on, resolve = threading.Event(), socket.getaddrinfo
+        hung: list[str] = []
+        found: list[str] = []
 
         def ask(host: str, *arguments: object, **named: object) -> object:
             if host != "localhost":
                 hung.append(host)
                 go_on.wait(20)
                 raise socket.gaierror(socket.EAI_NONAME, "unknown")
+            found.append(host)
             return resolve("127.0.0.1", *arguments, **named)  # type: ignore[arg-type]  # as they were given
 
         def fail(*_: object, **__: object) -> None:
@@ -391,6 +394,7 @@ class TestConnections:
         ends = asyncio.gather(*tries, return_exceptions=True)
         await eventually(lambda: len(hung) == 32)
         assert (await read(servers.get(at(known, "team")))).response["data"] == {"a": "1"}
+        assert found == ["localhost"] * 2
         assert {type(end) for end in await ends} == {NotSent}
         assert len(hung) == len(set(hung)) == 32
         monkeypatch.setattr(socket, "getaddrinfo", fail)
