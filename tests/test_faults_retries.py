@@ -292,6 +292,19 @@ class TestRedirects:
         assert (await read(standby, "y")).response["data"] == {"a": "1"}
 
 
+async def test_operators_certificate_is_not_shown_to_what_a_pattern_matches() -> None:
+    """A redirect to a server that no flag names by itself goes on without the operator's client certificate."""
+    operators = TlsSettings(client_cert="/operator.crt", client_key="/operator.key")
+    settings = Settings(
+        vault_addr="https://a.example.com:8200", tls=operators, allowed_vault_addresses=("*.example.com",)
+    )
+    servers = VaultServers(clock=SystemClock(), allowed=AllowedAddresses(settings))
+    first = servers.get(VaultServer(settings.vault_addr, "", operators)).transport
+    second = servers._redirect(first, "https://b.example.com:8200/v1/x", "/v1/x")
+    assert (second.server.address, second.server.tls) == ("https://b.example.com:8200", TlsSettings())
+    await servers.close()
+
+
 def servers_that_allow(*addresses: str) -> VaultServers:
     settings = Settings(vault_addr="https://vault.invalid:8200", allowed_vault_addresses=addresses)
     return VaultServers(clock=SystemClock(), allowed=AllowedAddresses(settings))

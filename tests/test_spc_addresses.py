@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from provider.settings import Settings
+from provider.settings import Settings, TlsSettings
 from provider.spc.addresses import AddressPattern, AllowedAddresses, remedy
 
 OWN = "https://vault.example.com:8200"
@@ -206,6 +206,22 @@ def test_a_pattern_names_no_server() -> None:
     assert not some.names("https://a.example.com")
     assert some.names("https://exact.example.org:8200")
     assert some.names(OWN)
+
+
+def test_the_operators_certificate_follows_no_redirect_to_what_a_pattern_matches() -> None:
+    """Where a redirect leads, it is shown to the servers that the flags name alone; a class's own goes along."""
+    operators, own = TlsSettings(client_cert="/op.crt", client_key="/op.key"), TlsSettings(client_cert="/class.crt")
+    some = AllowedAddresses(
+        Settings(
+            vault_addr=OWN,
+            tls=operators,
+            allowed_vault_addresses=("*.example.com", "https://exact.example.org:8200"),
+        )
+    )
+    assert some.tls_at("https://a.example.com", operators) == TlsSettings()
+    assert some.tls_at("https://a.example.com", own) == own
+    for named in (OWN, "https://exact.example.org:8200"):
+        assert some.tls_at(named, operators) == operators
 
 
 @pytest.mark.parametrize(

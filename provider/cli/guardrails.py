@@ -10,7 +10,6 @@ from provider.spc.addresses import AddressPattern
 _logger = logging.getLogger(__name__)
 
 
-
 def tell(settings: Settings) -> None:
     """Log each guardrail with how far it is open, in one line; and warn of what the operator's own flags leave open."""
     listed = ",".join(settings.allowed_vault_addresses)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import urlsplit
 
-from provider.settings import Settings
+from provider.settings import Settings, TlsSettings
 from provider.spc import paths
 from provider.spc.findings import Refused
 
@@ -124,6 +124,7 @@ class AllowedAddresses:
         self._exact = tuple(pattern for pattern in patterns if pattern.exact)
         # The operator's word for where Vault is stands, even where it has more than one reading.
         self._own = settings.vault_addr.rstrip("/")
+        self._client_cert = settings.tls.client_cert
 
     def allows(self, url: str) -> bool:
         """Whether a class may name this URL, or be led to it; a query counts for nothing."""
@@ -132,6 +133,12 @@ class AllowedAddresses:
     def names(self, url: str) -> bool:
         """Whether this very server is the daemon's own, or one of the list's that is no pattern."""
         return self._one_of(self._exact, url)
+
+    def tls_at(self, url: str, tls: TlsSettings) -> TlsSettings:
+        """``tls`` where a redirect leads: without the operator's client certificate unless a flag names that server."""
+        if not tls.client_cert or tls.client_cert != self._client_cert or self.names(url):
+            return tls
+        return replace(tls, client_cert="", client_key="")
 
     def _one_of(self, patterns: tuple[AddressPattern, ...], url: str) -> bool:
         if url == self._own:

@@ -355,7 +355,8 @@ class VaultServers:
     def _redirect(self, transport: Transport, location: str, path: str) -> Transport:
         """The transport that a redirect leads to: the same namespace and TLS settings elsewhere. Raises NotFollowed."""
         server = transport.server
-        return self.get(replace(server, address=followed(location, server.address, path, self._allowed))).transport
+        to = followed(location, server.address, path, self._allowed)
+        return self.get(replace(server, address=to, tls=self._allowed.tls_at(to, server.tls))).transport
 
     def _watch(self, server: VaultServer) -> Watch:
         """The watch over the Vault that ``server`` is a namespace of.

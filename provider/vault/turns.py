@@ -13,9 +13,9 @@ SHARE: Final = 7
 # Places of one owner that are lent to others while it stays too long in them: a few keep everybody else going, and
 # leave some for the next such owner.
 LENT_EACH: Final = 2
-# Who has more than so many waiting gets no more than so many places at a time. A class of a hundred objects is still
+# Who has more than so many waiting gets no more than so many places at a time. A class of two hundred objects is still
 # read at once; one of a thousand, which keeps a core busy for a second at any speed, leaves most of it to others.
-BULK: Final = 64
+BULK: Final = 192
 BULK_PLACES: Final = 2
 
 
