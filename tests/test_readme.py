@@ -325,6 +325,9 @@ def test_limits_are_the_codes() -> None:
         "time for a mount": f"{settings.mount_timeout:g} s",
         "connections to one Vault, for each namespace and TLS setting": str(settings.max_connections),
         "Vault servers with open connections": str(MAX_POOLS),
+        "mounts, objects and MiB of one pod in a minute": (
+            f"{settings.max_pod_mounts}, {settings.max_pod_objects:,} and {settings.max_pod_mib}"
+        ),
         "sessions kept between mounts": f"{settings.cache_size:,}",
         "an error message": f"{MAX_MESSAGE_BYTES // 1024} KiB",
     }
