@@ -52,6 +52,25 @@ async def test_pod_that_the_old_daemon_mounts_late_is_swept_by_the_new_one() -> 
 
 
 @simulated
+async def test_token_of_a_daemon_that_dies_while_it_reads_is_revoked_at_the_pods_end() -> None:
+    """What a login gave is written down before the mount is over: the next daemon knows it."""
+    async with Stage() as stage:
+        old, pod = stage.node(kept=True), stage.pod("a")
+        await old.mount(stage.pod("b"), STATIC)  # the directory is open
+        with stage.vault.hold("secret/data/app"):
+            mounting = asyncio.create_task(old.mount(pod, STATIC))
+            await asyncio.sleep(5)
+            await stage.killed(old)
+            mounting.cancel()
+            await asyncio.gather(mounting, return_exceptions=True)
+        before = len(stage.vault.live_tokens())
+        stage.node(kept=True)
+        stage.remove(pod)
+        await asyncio.sleep(600)
+        assert (before, len(stage.vault.live_tokens())) == (2, 1)
+
+
+@simulated
 async def test_what_another_daemon_issued_since_wins_over_memory() -> None:
     """Both know the pod; one issues it a newer credential: the other's next mount brings that one."""
     async with Stage() as stage:

@@ -97,10 +97,17 @@ class SessionFile:
         async with self._gate:
             self._holders -= 1
             if not self._holders:
+                self._holdings.forget_tokens()  # no read of this process is under way under one of them
                 try:
                     await self._write()
                 finally:
                     await self._lock.aclose()
+
+    async def save(self) -> None:
+        """Write what changed while it is held: what a crash would take before its last holder lets go."""
+        async with self._gate:
+            if self._holders:
+                await self._write()
 
     async def flush(self) -> None:
         """Write what changed, if anything did."""

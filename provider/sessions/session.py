@@ -321,6 +321,9 @@ class Session:
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
         superseded, self._has.tokens = self._has.tokens, [*self._has.tokens, token]
         self._has.changed = True
+        if self.file.in_use:
+            # Beside the reads that it is for: a token that nobody remembers after a crash could not be revoked.
+            self._start(("save", id(token)), self.file.save())
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
@@ -559,7 +562,6 @@ class Session:
         self._has.adopt(snapshot)
 
     def _snapshot(self) -> Snapshot:
-        self._has.forget_tokens()
         return Snapshot(self.identity, self.pod, self._has.tokens, list(self._has.kept.values()))
 
     def view(self) -> SessionView:
