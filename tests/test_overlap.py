@@ -60,6 +60,8 @@ async def test_token_of_a_daemon_that_dies_while_it_reads_is_revoked_at_the_pods
         with stage.vault.hold("secret/data/app"):
             mounting = asyncio.create_task(old.mount(pod, STATIC))
             await asyncio.sleep(5)
+            # As it lies there at a kill: the simulated end below would write on its way out.
+            assert len(list(stage.state.glob("*.session"))) == 2
             await stage.killed(old)
             mounting.cancel()
             await asyncio.gather(mounting, return_exceptions=True)
