@@ -20,6 +20,9 @@ from tests import demo
 from tests.stand.ecommerce import EcommerceStand
 from tests.tools import ROOT
 
+# Its servers start and end within seconds that a person would wait.
+pytestmark = pytest.mark.alone
+
 COMMAND = (sys.executable, "-m", "tests.demo")
 
 

@@ -315,7 +315,7 @@ EVERY_KIND: list[tuple[Program, Result]] = [
     ),
     (
         rendering("{{ secret.a }}", secret={"a": "é" * (MAX_OUTPUT // 2)}),
-        Failure("it comes to more than 4 MiB, with those before it", process._SENTENCES["output"][1]),
+        Failure("it comes to more than 4 MiB, with those before it", process._SENTENCES["output"][1], limit="output"),
     ),
 ]
 
@@ -335,7 +335,7 @@ def test_a_request_is_answered_frame_by_frame() -> None:
     ]
     (frame,) = worker.answers(b"[" * 100_000)
     assert process._results(frame, [rendering("x")], process._CRASHED) == [
-        Failure("it takes more than 64 MiB of memory", process._SENTENCES["memory"][1])
+        Failure("it takes more than 64 MiB of memory", process._SENTENCES["memory"][1], limit="memory")
     ]
 
 
