@@ -138,7 +138,7 @@ class TestRequests:
         assert accessors <= stand.bao.token_accessors()
 
     def test_connections_are_bounded_and_kept(self, stand: BenchStand, daemon: Daemon) -> None:
-        """200 reads of a pod open 64 connections at most, all but those that others may need, and again open no other."""
+        """200 reads of a pod open 64 connections at most, less those for others, and again open no other."""
         stand.proxy.delay(0.02)
         lane = stand.static(stand.pod(), [f"test/{number}" for number in range(200)])
         sent(stand, daemon, lane)
