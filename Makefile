@@ -25,8 +25,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check
 T ?=
-# Twice the cores of the smallest machine that CI has: tests wait for servers more than they compute.
-WORKERS ?= 4
+# As many as the smallest machine of CI has cores: leases that live for seconds are renewed late beside more.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench soak fuzz unit check audit dist coverage tools stubs schemas lock bills upgrade clean

@@ -6,6 +6,7 @@ What goes out is counted at the proxy; how long a mount takes, where the driver 
 from __future__ import annotations
 
 import re
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.5, 122.0
 MOUNT_TIMEOUT = 10.0
 # What Vault has to be silent for before it is looked at, and what a look waits for; see provider/vault/watch.py.
 SEEN_TO_HANG = 7.0
+# What a machine that is busy itself may add, with a hundred threads of this test beside the daemon.
+LATE = 2.0
 REFUSED = re.compile(
     r"Vault at \S+ is unreachable since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \((?P<mounts>\d+) mounts? refused\)"
 )
@@ -117,7 +120,8 @@ def check_refusals(tries: list[Try], since: float) -> None:
     assert len(known) >= PODS
     assert {one.code for one in tries} == {FAILED}
     slowest = max(known, key=lambda one: one.ended - one.began)
-    assert slowest.ended - slowest.began <= 1.0, f"{slowest.began - since:.1f} s after that: {slowest}"
+    assert statistics.median(one.ended - one.began for one in known) <= 1.0
+    assert slowest.ended - slowest.began <= 1.0 + LATE, f"{slowest.began - since:.1f} s after that: {slowest}"
     refused = [REFUSED.search(one.words) for one in known]
     assert all(refused)
     counted = max(int(found["mounts"]) for found in refused if found)
@@ -143,7 +147,7 @@ def test_one_probe_a_second(shop: Shop) -> None:
     assert OUTAGE / 2 <= len(made) <= OUTAGE
     assert min(later - earlier for earlier, later in pairwise(made)) >= 0.9  # as seen from the other side
     check_refusals([one for one in kubelet.tries if one.ended <= began + OUTAGE], began + 2)
-    assert took <= 2.0
+    assert took <= 2.0 + LATE
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_mounts_fail_within_a_second(
         took = first_success_after(shop)
         ended = time.monotonic()
     check_refusals([one for one in kubelet.tries if one.ended <= ended], since)
-    assert took <= 2.0
+    assert took <= 2.0 + LATE
 
 
 def test_renewals_go_on(shop: Shop, tmp_path: Path) -> None:
