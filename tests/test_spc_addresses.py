@@ -147,6 +147,8 @@ def test_what_an_entry_allows(pattern: str, url: str) -> None:
         ("10.0.0.1", "https://[::ffff:10.0.0.1]"),
         ("[::1]", "https://[::1].evil.example"),
         # sockets
+        ("*.example.com", "https://[::1]"),
+        ("*", "https://[1::2::3]"),
         ("unix:///run/vault.sock", "unix:///run/vault.sock.evil"),
         ("unix:///run/vault.sock", "unix:///run/vault.sock/below"),
         ("unix:///run/vault.sock", "unix:///run/../run/vault.sock"),
