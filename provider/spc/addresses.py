@@ -205,8 +205,6 @@ def _host(text: str) -> str | None:
 
 
 def _is_ip(host: str) -> bool:
-    if host.startswith("["):
-        return True
     try:
         ipaddress.IPv4Address(host)
     except ValueError:
