@@ -172,7 +172,14 @@ def test_demo_leaves_nothing_running(told: Told) -> None:
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     """Interrupted in the middle, the demo says so without a traceback, and takes its processes and files along."""
     with subprocess.Popen(
-        COMMAND, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        COMMAND,
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores it, and so do all of its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             assert process.stdout is not None

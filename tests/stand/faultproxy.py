@@ -382,9 +382,9 @@ async def _run(directory: Path, host: str, port: int) -> None:
 
     # Renamed into place, so that who finds it can dial it.
     fresh = directory / f"{_CONTROL}.new"
-    await asyncio.start_unix_server(control, fresh, limit=64 * _MAX_HEAD)
-    fresh.rename(directory / _CONTROL)
-    await asyncio.get_running_loop().create_future()
+    async with await asyncio.start_unix_server(control, fresh, limit=64 * _MAX_HEAD):
+        fresh.rename(directory / _CONTROL)
+        await asyncio.get_running_loop().create_future()
 
 
 if __name__ == "__main__":

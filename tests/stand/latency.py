@@ -336,9 +336,10 @@ async def _serve(directory: Path, host: str, port: int) -> None:
 
     # Renamed into place, so that who finds it can dial it.
     fresh = directory / f"{_CONTROL}.new"
-    await asyncio.start_unix_server(control, fresh)
-    fresh.rename(directory / _CONTROL)
-    await server.serve_forever()
+    # Held, since the loop does not: a server that nobody has is closed by the next garbage collection.
+    async with await asyncio.start_unix_server(control, fresh):
+        fresh.rename(directory / _CONTROL)
+        await server.serve_forever()
 
 
 def main(directory: str, host: str, port: str) -> None:
