@@ -6,6 +6,7 @@ For each: the code, the words, how many requests went out, and that the next mou
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -160,6 +161,7 @@ class TestLasting:
     def test_refused_connections(self, shop: Shop) -> None:
         """Nobody listens: the mount fails within a second, says so, and counts itself."""
         shop.proxy.refuse()
+        time.sleep(0.2)  # until the daemon has seen that what was open is reset
         words = shop.refused()
         assert f"Vault at {shop.proxy.address} is unreachable since" in words
         assert "mount refused): Connection refused" in words or "mounts refused): Connection refused" in words
