@@ -6,8 +6,9 @@ A token and a lease obey the same rules. Times are readings of ``Clock.now()`` a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 # Vault rounds a TTL down to whole seconds, and a second may pass between the asking and the granting.
 ROUNDING_SECONDS: Final = 1.5
@@ -121,3 +122,15 @@ def must_replace(life: Lifetime, carrier: Lifetime | None, now: float, interval:
     if end <= now + 2 * interval:
         return True
     return not life.renewable and life.passed(now, percent)
+
+
+def certificate_life(data: Mapping[str, Any], told: float) -> float:
+    """Seconds that a certificate lives which was issued just now, ``told`` by its end and the time of day.
+
+    A node whose date is wrong would keep it past its end, or have one issued at every mount: what is new lives no
+    longer than it is valid for, and is not over.
+    """
+    from provider.render.pki import validity  # the first certificate brings its library
+
+    whole = validity(data)
+    return max(1.0, told) if whole is None or 0 < told <= whole else whole

@@ -22,7 +22,7 @@ from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
 from provider.sessions.holdings import Holdings
-from provider.sessions.lifetime import Lifetime, must_replace
+from provider.sessions.lifetime import Lifetime, certificate_life, must_replace
 from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import Snapshot
@@ -257,7 +257,8 @@ class Session:
             ttl, renewable = secret.lease_duration, secret.renewable and token.uses_left is None
             token.bears_leases = True
         elif end is not None and await self._issued(request, token, mount):
-            ttl, renewable = await asyncio.to_thread(_left, secret, end - self._clock.wall()), False
+            told = end - self._clock.wall()
+            ttl, renewable = await asyncio.to_thread(certificate_life, secret.response["data"], told), False
         else:
             self._has.note_static(request)
             return
@@ -586,18 +587,6 @@ class Session:
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}
-
-
-def _left(secret: VaultSecret, told: float) -> float:
-    """Seconds that a certificate lives which was issued just now, ``told`` by its end and the time of day.
-
-    A node whose date is wrong would keep it past its end, or have one issued at every mount: what is new lives no
-    longer than it is valid for, and is not over.
-    """
-    from provider.render.pki import validity  # the first certificate brings its library
-
-    whole = validity(secret.response["data"])
-    return max(1.0, told) if whole is None or 0 < told <= whole else whole
 
 
 async def _bounded(work: Coroutine[Any, Any, _T]) -> _T:
