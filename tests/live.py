@@ -121,9 +121,9 @@ class Cluster:
         """How many logins there were."""
         return len(self.bao.requests(f"auth/{role}/login"))
 
-    def users(self, role: str) -> list[str]:
-        """The database's users of a role now."""
-        return self.postgres.users(f"v-%-{role}-%")
+    def users(self, role: str, *, valid: bool = False) -> list[str]:
+        """The database's users of a role now; ``valid`` leaves out those that cannot log in any more."""
+        return self.postgres.users(f"v-%-{role}-%", valid=valid)
 
 
 class Daemon:

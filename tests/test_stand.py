@@ -406,6 +406,14 @@ class TestEcommerce:
         eventually(lambda: not shop.postgres.can_login(user, password), "the user's end")
         eventually(lambda: shop.openbao.leases("database/creds") == [], "the lease's end")
 
+    def test_users_whose_time_is_over_are_told_apart(self, shop: EcommerceStand) -> None:
+        """Of the users there are, `valid` leaves out one that PostgreSQL lets in no more."""
+        for name, until in (("over", "yesterday"), ("valid", "tomorrow"), ("endless", "infinity")):
+            shop.postgres.query(f"CREATE ROLE \"life-{name}\" LOGIN VALID UNTIL '{until}'")
+        shop.postgres.query('CREATE ROLE "life-of-no-end" LOGIN')
+        assert len(shop.postgres.users("life-%")) == 4
+        assert shop.postgres.users("life-%", valid=True) == ["life-endless", "life-of-no-end", "life-valid"]
+
     def test_policy_covers_what_the_class_reads_and_no_more(self, shop: EcommerceStand) -> None:
         """The shared key is readable, the mount's other paths and other engines are not."""
         token = login(shop, shop_token(shop))["client_token"]

@@ -109,9 +109,13 @@ class Postgres:
             raise
         return True
 
-    def users(self, like: str = "%") -> list[str]:
-        """The names of the login roles that match the SQL pattern."""
-        rows = self.query("SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE %s ORDER BY 1", (like,))
+    def users(self, like: str = "%", *, valid: bool = False) -> list[str]:
+        """The names of the login roles that match the SQL pattern; ``valid`` leaves out those whose time is over."""
+        rows = self.query(
+            "SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE %s "
+            "AND (NOT %s OR coalesce(rolvaliduntil > now(), true)) ORDER BY 1",
+            (like, valid),
+        )
         return [name for (name,) in rows]
 
     def _connect(self, user: str | None, password: str | None) -> psycopg.Connection[tuple[Any, ...]]:
