@@ -27,6 +27,7 @@ from provider.errors import (
     SecretNotFound,
     VaultUnavailable,
 )
+from provider.http import Lookups, lookups
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
@@ -39,10 +40,8 @@ from provider.vault import (
     VaultSecret,
     VaultServers,
     adapter,
-    connections,
     transport,
 )
-from provider.vault.connections import Lookups
 from provider.vault.failures import NotSent
 from provider.vault.turns import Turns
 from provider.vault.watch import Asker, Watch
@@ -356,7 +355,7 @@ class TestConnections:
         """A look-up is given up after its time, and the name is told apart from a server that is down."""
         go_on = threading.Event()
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (go_on.wait(20), [])[1])
-        monkeypatch.setattr(connections, "LOOKUP_SECONDS", 0.05)
+        monkeypatch.setattr(lookups, "LOOKUP_SECONDS", 0.05)
         async with asyncio.timeout(20):
             with pytest.raises(NotSent, match=r"vault.example:8200 is unreachable.*looked up: no answer in 0.05 s"):
                 await servers.get(at("http://vault.example:8200")).read(get("x"), TOKEN, within(0))
@@ -385,7 +384,8 @@ class TestConnections:
             raise socket.gaierror(socket.EAI_AGAIN, "no name server")
 
         monkeypatch.setattr(socket, "getaddrinfo", ask)
-        monkeypatch.setattr(connections, "LOOKUP_SECONDS", 0.5)
+        monkeypatch.setattr(lookups, "LOOKUP_SECONDS", 0.5)
+        monkeypatch.setattr(lookups, "KEPT_SECONDS", 0.0)
         faulty.on("x", secret({"a": "1"}))
         known = f"http://localhost:{faulty.port}"
         await read(servers.get(at(known)))
@@ -755,7 +755,7 @@ class TestStrangeAnswers:
             writer.close()
 
         async with serving(serve) as address:
-            with pytest.raises(AnswerLost, match=r"its answer broke off|not HTTP"):
+            with pytest.raises(AnswerLost, match=r"its answer has more frame than body|not HTTP"):
                 await read(servers.get(at(address)))
         assert sent < 8 * MIB
 
@@ -782,15 +782,12 @@ class TestStrangeAnswers:
         await read(vault)
 
     async def test_compressed_answers(self, vault: Vault, faulty: Faulty) -> None:
-        """Compression is not asked for, but understood; the limit is on what comes out of it."""
-        packed = {"Content-Encoding": "gzip"}
-        small = gzip.compress(b'{"data": {"a": "1"}}')
-        bomb = gzip.compress(b'{"data": {"a": "' + b"x" * 64 * MIB + b'"}}')
-        faulty.on("x", Answer(body=small, headers=packed), Answer(body=bomb, headers=packed))
-        assert (await read(vault)).response["data"] == {"a": "1"}
-        assert faulty.arrivals[0].headers["accept-encoding"] == "identity"
-        with pytest.raises(VaultUnavailable, match=r"more than 8 MiB"):
+        """Compression is not asked for; who compresses all the same is told so, and nothing is unpacked."""
+        packed = gzip.compress(b'{"data": {"a": "1"}}')
+        faulty.on("x", Answer(body=packed, headers={"Content-Encoding": "gzip"}))
+        with pytest.raises(VaultUnavailable, match=r"\(200, application/json, compressed by gzip\) is not Vault's API"):
             await read(vault)
+        assert faulty.arrivals[0].headers["accept-encoding"] == "identity"
 
     @pytest.mark.parametrize("odd", ["a lot", -1, True, None, 1e300, [1], 10**400, math.inf, -math.inf, math.nan])
     async def test_odd_durations_count_as_none(self, vault: Vault, faulty: Faulty, odd: object) -> None:

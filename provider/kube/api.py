@@ -1,4 +1,4 @@
-"""Four calls of the Kubernetes API over aiohttp, with its failures turned into one of ours."""
+"""Four calls of the Kubernetes API, with its failures turned into one of ours."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import random
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import quote, urlencode, urlsplit
 
-import aiohttp
-
+from provider.http import HttpFailure, Lookups, Origin, Pool, TlsFailed
 from provider.kube.config import ApiConfig
 from provider.kube.failures import ApiFailure
 from provider.kube.pods import MAX_LIST_BYTES, METADATA_LIST, NodePods, parse
@@ -32,8 +32,6 @@ CONNECT_SECONDS: Final = 3.0
 MAX_ANSWER_BYTES: Final = 1024 * 1024
 # Too many requests, and what says that a server, or what stands before it, is not well at the moment.
 _TRANSIENT: Final = frozenset({429, 500, 502, 503, 504})
-# What says that no answer came, and may come to the same request sent again.
-_UNANSWERED: Final = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError, OSError)
 
 
 class Api:
@@ -48,15 +46,17 @@ class Api:
         self.namespace = config.namespace
         self._config = config
         self._from_file: str | None = None
-        # No proxy, netrc or CA of the environment, which aiohttp leaves alone unless told: those are set for Vault, and
-        # an operator who sets HTTPS_PROXY for it may well forget to write the cluster's addresses into NO_PROXY.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=MAX_REQUESTS, ssl=config.tls),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            headers={"Accept": "application/json"},
+        # No proxy or CA of the environment: those are set for Vault, and an operator who sets HTTPS_PROXY for it may
+        # well forget to write the cluster's addresses into NO_PROXY.
+        parts = urlsplit(config.server)
+        tls = config.tls if parts.scheme == "https" else None
+        self._base = parts.path
+        self._pool = Pool(
+            Origin(parts.hostname or "", parts.port or (443 if tls else 80), tls),
+            lookups=Lookups(),
+            limit=MAX_REQUESTS,
+            connect_seconds=CONNECT_SECONDS,
         )
-        self._slots = asyncio.Semaphore(MAX_REQUESTS)
 
     async def create_token(
         self,
@@ -115,9 +115,9 @@ class Api:
         except ValueError as error:
             raise ApiFailure(200, "", "its answer is not the Kubernetes API's list of pods") from error
 
-    async def close(self) -> None:
-        """Close the connections; calls in flight fail."""
-        await self._session.close()
+    def close(self) -> None:
+        """Let go of the connections, of each in use with its answer."""
+        self._pool.close()
 
     async def _object(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         answer = _json(await self._call(method, path, body))
@@ -136,30 +136,22 @@ class Api:
         limit: int = MAX_ANSWER_BYTES,
     ) -> bytearray:
         """The body of an answer that is no refusal."""
+        target = self._base + quote(path) + (f"?{urlencode(query)}" if query else "")
+        sent = json.dumps(body).encode() if body is not None else None
         attempt = 1
         renewed = False
         while True:
             pause: float | None = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             try:
                 token = await self._bearer()
-                async with (
-                    self._slots,
-                    self._session.request(
-                        method,
-                        self._config.server + path,
-                        params=query,
-                        json=body,
-                        headers={"Accept": accept} | ({"Authorization": f"Bearer {token}"} if token else {}),
-                        allow_redirects=False,
-                    ) as response,
-                ):
-                    answer = await _read(response, limit)
-                    status, reason, asked = response.status, response.reason or "", response.headers.get("Retry-After")
-            except _UNANSWERED as error:
-                failure = ApiFailure(0, "", _told(error))
-            except aiohttp.ClientError as error:
-                # Its text quotes what the server sent.
-                raise ApiFailure(0, "", f"its answer is not the Kubernetes API's ({type(error).__name__})") from None
+                headers = {"Accept": accept} | ({"Authorization": f"Bearer {token}"} if token else {})
+                response = await self._pool.request(method, target, headers, sent, limit=limit)
+                response.close()
+                status, answer = response.status, response.body
+            except ValueError as error:  # a token that is none
+                raise ApiFailure(0, "", str(error)) from error
+            except HttpFailure as error:
+                failure = ApiFailure(0, "", f"TLS failed: {error}" if isinstance(error, TlsFailed) else str(error))
             else:
                 if 200 <= status < 300:
                     if len(answer) > limit:
@@ -169,10 +161,9 @@ class Api:
                     # docs/contract.md section 4: kubelet rotates the file.
                     renewed, self._from_file = True, None
                     continue
-                failure = _refusal(status, reason, answer)
-                pause = _pause(status, asked, pause)
+                failure = _refusal(status, answer)
+                pause = _pause(status, response.header("Retry-After"), pause)
             if attempt == ATTEMPTS or pause is None:
-                # Without a cause: aiohttp's errors show the headers that were sent, our token among them.
                 raise failure
             attempt += 1
             await asyncio.sleep(pause)
@@ -190,16 +181,6 @@ class Api:
         return self._from_file
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytearray:
-    """The body, to its end or until it is more than ``limit`` bytes."""
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            break
-    return body
-
-
 def _pause(status: int, asked: str | None, pause: float | None) -> float | None:
     """Seconds to wait before the call is sent again, or None where it is not to be."""
     if status not in _TRANSIENT or pause is None:
@@ -209,8 +190,8 @@ def _pause(status: int, asked: str | None, pause: float | None) -> float | None:
     return pause if pause <= MAX_PAUSE_SECONDS else None
 
 
-def _refusal(status: int, reason: str, body: bytearray) -> ApiFailure:
-    said = f"{status} {reason}".strip()
+def _refusal(status: int, body: bytearray) -> ApiFailure:
+    said = f"{status} {_phrase(status)}".strip()
     answer = _json(body)
     if answer is None or answer.get("kind") != "Status":
         # Not the API server's own words, so whoever stands between: its page is of no use in an event.
@@ -228,7 +209,8 @@ def _json(body: bytearray) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _told(error: BaseException) -> str:
-    """What became of a request that was not answered, without what was sent or received."""
-    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
-    return one_line(str(cause) or type(error).__name__)
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""

@@ -153,7 +153,7 @@ class Kubernetes:
         """Close the connections; calls in flight fail."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            await connection.api.close()
+            connection.api.close()
 
     @contextlib.asynccontextmanager
     async def _api(self) -> AsyncIterator[Api]:
@@ -165,7 +165,7 @@ class Kubernetes:
                     yield connection.api
                 finally:
                     connection.calls -= 1
-                    await _close_unused(connection)
+                    _close_unused(connection)
         except TimeoutError:
             raise ApiFailure(0, "", f"no answer within {CALL_SECONDS:.0f} s") from None
 
@@ -180,13 +180,13 @@ class Kubernetes:
             self._connection = _Connection(Api(found), stamp)
             if current is not None:
                 current.retired = True
-                await _close_unused(current)
+                _close_unused(current)
             return self._connection
 
 
-async def _close_unused(connection: _Connection) -> None:
+def _close_unused(connection: _Connection) -> None:
     if connection.retired and not connection.calls:
-        await connection.api.close()
+        connection.api.close()
 
 
 def _stamp(path: Path) -> _FileStamp:

@@ -135,7 +135,7 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 if answer.status not in RETRIED_STATUSES:
                     raise self._refusal(answer)
                 failure = self._unavailable(answer)
-                wait = max(wait, _retry_after(answer.headers, self._transport.clock))
+                wait = max(wait, _retry_after(answer.header("Retry-After") or "0", self._transport.clock))
             if tries == MAX_TRIES or asyncio.get_running_loop().time() + wait >= self._deadline:
                 raise failure
             await asyncio.sleep(wait)
@@ -155,12 +155,12 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
             hops += 1
             try:
-                transport = self._redirect(transport, answer.headers.get("Location", ""), url)
+                transport = self._redirect(transport, answer.header("Location") or "", url)
             except NotFollowed as refused:
                 raise self._redirected(answer, str(refused)) from None
 
     def _redirected(self, answer: Answer, advice: str) -> VaultUnavailable:
-        target = self._quoted(answer.headers.get("Location", "elsewhere"), 200)
+        target = self._quoted(answer.header("Location") or "elsewhere", 200)
         return VaultUnavailable(
             f"Vault at {answer.address} redirects ({answer.status}) to {target}, where the token is not sent",
             self._quoted(advice, 400),
@@ -199,7 +199,9 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         )
 
     def _not_vault(self, answer: Answer) -> VaultUnavailable:
-        kind = self._quoted(answer.headers.get("Content-Type", "no content type"), 80)
+        kind = self._quoted(answer.header("Content-Type") or "no content type", 80)
+        if packed := answer.header("Content-Encoding"):  # it was asked not to
+            kind += f", compressed by {self._quoted(packed, 20)}"
         return VaultUnavailable(
             f"what answers at {answer.address} ({answer.status}, {kind}) is not Vault's API",
             "check vaultAddress and any load balancer in front of it",
@@ -222,12 +224,11 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         return one_line(text, limit)
 
 
-def _retry_after(headers: Mapping[str, str], clock: Clock) -> float:
+def _retry_after(text: str, clock: Clock) -> float:
     """Seconds that the server asks to wait, as a number or as an HTTP date; 0 where it does not say.
 
     Source: RFC 9110 section 10.2.3
     """
-    text = headers.get("Retry-After", "0")
     try:
         seconds = float(text)
     except ValueError:

@@ -24,13 +24,13 @@ from provider.errors import (
     SecretNotFound,
     VaultUnavailable,
 )
+from provider.http import Lookups
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, Settings
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Telemetry
 from provider.vault.adapter import Redirect, Refusal, VaultAdapter
-from provider.vault.connections import Lookups
 from provider.vault.redirects import followed
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
