@@ -130,9 +130,9 @@ Made by `make lock`; a test holds it against the locks and what is installed. Th
 {runtime}
 
 Some wheels bring libraries in C or C++ of their own, under the licences that these wheels come with: OpenSSL
-(cryptography), BoringSSL, Abseil and c-ares (grpcio), Abseil (google-re2), libuv (uvloop), llhttp (aiohttp), libyaml
-(PyYAML). The base image's Python and Debian packages are not of this list; their licences are in the image, under
-`/usr/share/doc`.
+(cryptography), BoringSSL, Abseil and c-ares (grpcio), Abseil (google-re2), libuv (uvloop), llhttp and http-parser
+(httptools), libyaml (PyYAML). The base image's Python and Debian packages are not of this list; their licences are in
+the image, under `/usr/share/doc`.
 
 ## For building and testing
 
