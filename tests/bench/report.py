@@ -25,7 +25,7 @@ END: Final = "<!-- benchmarks: end -->\n"
 
 _WHY: Final = (
     # Longest match first: a function of a file, else the file's folder.
-    ("ResponseHandler.data_received aiohttp/", "aiohttp's parser, in C, reads Vault's answers; once a read"),
+    ("Connection.data_received provider/http/", "llhttp, in C, reads Vault's answers; once a read"),
     ("Runner.run asyncio/", "the event loop itself, uvloop's C: reading and writing sockets, timers, gRPC's wake-ups"),
     ("shield asyncio/", "what issues something outlives a caller who goes away: one future more a read"),
     ("Timeout.", "each wait is bounded by what is left of the mount's time, so each has a timer"),
@@ -36,14 +36,13 @@ _WHY: Final = (
         "provider/sessions/",
         "the session's own rules: what is kept, joined, shared; without them each re-mount issues anew",
     ),
+    ("provider/http/", "a request is written, and a connection for it found, waited for and kept"),
     ("provider/vault/", "one request as Vault wants it, its answer checked; a few microseconds a read"),
     ("provider/server/", "the driver's messages, decoded, checked and encoded"),
     ("provider/telemetry/", "a line of JSON for each mount"),
     ("provider/state", "a session's file, sealed, so that a restart logs nobody in again"),
     ("provider/", "the mount's own work"),
-    ("aiohttp/", "the HTTP client's work for one request; it is Python, and the price of a library that is kept up"),
     ("json/", "Vault answers in JSON"),
-    ("yarl/", "one URL a request"),
     ("hvac/", "Vault's endpoints as hvac knows them"),
     ("asyncio/", "what it takes to have 64 requests in flight on one thread"),
     ("grpc/", "the driver's calls"),
@@ -158,7 +157,7 @@ def render(results: Results, in_words: str) -> str:
         "## A node's boot\n",
         f"{results.boot.pods} pods, each with a service account and {OBJECTS} secrets of its own, all at once, "
         f"before a daemon that has just started, {AWAY * 1000:g} ms away from Vault. The bare client sends the same "
-        "logins and reads over as many connections with the same HTTP library and does nothing else: less is not to be "
+        "logins and reads over as many connections by the same HTTP client and does nothing else: less is not to be "
         "had from it on this machine, beside this OpenBao. The last row is "
         f"{results.replicas.pods} replicas of one class on a daemon that knows the engine.\n",
         _boot(results),

@@ -34,7 +34,7 @@ from tests.bench.sidecar import Agents, agents
 from tests.bench.stand import BenchStand
 from tests.stand.openbao import find_binary
 
-_PACKAGES = ("grpcio", "aiohttp", "hvac", "uvloop", "protobuf")
+_PACKAGES = ("grpcio", "httptools", "hvac", "uvloop", "protobuf")
 
 
 @dataclass(frozen=True)
