@@ -1,6 +1,6 @@
 """Vault and OpenBao: connections, TLS, retries, and their answers in our types.
 
-The only importer of hvac and of aiohttp's client.
+The only importer of hvac.
 """
 
 from provider.vault.client import (
