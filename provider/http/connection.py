@@ -17,6 +17,8 @@ MAX_INFORMATIONAL: Final = 10
 # more. Bodies in chunks of a byte, or chunks with long extensions, cost a hundred times the CPU of what they carry.
 # More than twice what one read of a socket brings, which is parsed as a whole.
 MAX_FRAME_BYTES: Final = 768 * 1024
+# Vault and the Kubernetes API send some twenty. Each is three objects of Python's, forty times the bytes it came in.
+MAX_HEADERS: Final = 256
 
 _DELIMITED: Final = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -44,7 +46,7 @@ class Response:
     async def read_on(self, limit: int) -> None:
         """Read until it is whole, or its body is larger than ``limit`` bytes. Raises HttpFailure."""
         if not self.whole:
-            await self._connection.read_on(limit)
+            await self._connection.read_on(self, limit)
 
     def close(self) -> None:
         """Do without the rest, if there is any; the connection cannot be used again then."""
@@ -59,7 +61,8 @@ class Connection(asyncio.Protocol):
         self._at_rest = at_rest
         self._lost = lost
         self._transport: asyncio.Transport | None = None
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = None  # it refers to us, so only for as long as it is used
+        self._aborted = False
         # Of the request that is under way:
         self._response: Response | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -67,7 +70,8 @@ class Connection(asyncio.Protocol):
         self._limit = 0
         self._taken = 0
         self._informational = 0
-        self._tunnel = self._headed = self._delimited = self._complete = self._excess = self._reusable = False
+        self._tunnel = self._headed = self._delimited = self._complete = self._reusable = False
+        self._fault = ""
         self.rested_at = 0.0
         """When it was last given back, in the event loop's time."""
 
@@ -83,22 +87,24 @@ class Connection(asyncio.Protocol):
 
         Raises HttpFailure. Cancelled, or failed, it closes the connection.
         """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectFailed("the connection was closed")
         response = self._response = Response(self)
         self._tunnel, self._headed, self._delimited, self._complete, self._reusable = tunnel, False, False, False, False
         self._taken = self._informational = 0
-        if self._transport is None:
-            raise ConnectFailed("the connection was closed")
-        self._transport.write(request)
-        await self._wait(limit)
+        transport.write(request)
+        await self._wait(response, limit)
         return response
 
-    async def read_on(self, limit: int) -> None:
+    async def read_on(self, response: Response, limit: int) -> None:
         """Read on where ``exchange`` or this came to its limit. Raises HttpFailure."""
-        if self._failure is not None:
-            raise self._failure
-        if self._transport is not None:
-            self._transport.resume_reading()
-        await self._wait(limit)
+        transport = self._transport
+        if transport is None or self._response is not response:
+            raise self._failure or ExchangeBroken("the connection was closed")
+        if len(response.body) <= limit:
+            transport.resume_reading()
+            await self._wait(response, limit)
 
     def detach(self) -> asyncio.Transport:
         """The transport, for another protocol, after the answer to a request for a tunnel."""
@@ -109,17 +115,21 @@ class Connection(asyncio.Protocol):
         return transport
 
     def abort(self) -> None:
-        """Close it at once, whatever is under way."""
+        """Close it at once, or as soon as it is there. Nobody may wait for an answer."""
+        self._aborted = True
+        self._response = None
         if self._transport is not None:
             self._transport.abort()
 
-    async def _wait(self, limit: int) -> None:
+    async def _wait(self, response: Response, limit: int) -> None:
         self._limit = limit
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        # In no variable of this frame: a failure refers to the frame, and the future to the failure.
+        self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await waiter
+            await self._waiter
         except BaseException:
-            self.abort()
+            if self._response is response:  # else the answer had come, and the connection may be another's by now
+                self.abort()
             raise
 
     # -- what the event loop tells ---------------------------------------------------------------------------------
@@ -127,30 +137,30 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It is there."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are none of its subclasses
+        self._parser = httptools.HttpResponseParser(self)
+        if self._aborted:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
-        response = self._response
-        if response is None or self._parser is None:
+        response, parser = self._response, self._parser
+        if response is None or parser is None:
             self.abort()  # nobody asked
             return
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            if not self._complete:
-                self._fail(ExchangeBroken("it answered in another protocol"))
-                return
+            self._fail(ExchangeBroken("it answered in another protocol"))
+            return
         except httptools.HttpParserError:
             # Its text quotes what came, and that may quote us.
             self._fail(ExchangeBroken("what it sent is not HTTP"))
             return
         self._taken += len(data)
-        if self._excess:
-            self._fail(ExchangeBroken("it answered more than it was asked"))
+        if self._fault:
+            self._fail(ExchangeBroken(self._fault))
         elif self._taken - len(response.body) > MAX_FRAME_BYTES:
             self._fail(ExchangeBroken("its answer has more frame than body"))
-        elif self._informational > MAX_INFORMATIONAL:
-            self._fail(ExchangeBroken("it sent too many informational messages"))
         elif self._complete:
             self._finish(response)
         elif len(response.body) > self._limit and self._transport is not None:
@@ -164,10 +174,10 @@ class Connection(asyncio.Protocol):
         if response is not None:
             if error is None and self._headed and not self._delimited:
                 self._finish(response)  # RFC 9112 section 6.3: its end is the connection's
-            elif isinstance(error, ssl.SSLError):
-                self._fail(TlsFailed(reason(error)))
             elif self._headed:
                 self._fail(ExchangeBroken("its answer broke off"))
+            elif isinstance(error, ssl.SSLError):
+                self._fail(TlsFailed(reason(error)))
             else:
                 self._fail(ExchangeBroken(reason(error) if error else "it closed the connection"))
         self._parser = None
@@ -178,18 +188,22 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """An answer begins."""
         if self._complete:
-            self._excess = True
+            self._fault = "it answered more than it was asked"
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer."""
+        """A header; or a trailer, which is no header (RFC 9110 section 6.5.1)."""
         response = self._response
-        if response is not None and not self._complete:
+        if response is None or self._headed:
+            return
+        if len(response.headers) < MAX_HEADERS:
             response.headers.append((name, value))
+        else:
+            self._fault = f"it sent more than {MAX_HEADERS} headers"
 
     def on_headers_complete(self) -> None:
         """The headers are there."""
         response, parser = self._response, self._parser
-        if response is None or parser is None or self._complete:
+        if response is None or parser is None or self._headed:
             return
         response.status = parser.get_status_code()
         if response.status >= 200:
@@ -200,7 +214,9 @@ class Connection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         """A part of the body."""
         response = self._response
-        if response is not None and not self._complete:
+        if self._complete:
+            self._fault = "it answered more than it was asked"
+        elif response is not None:
             response.body += data
 
     def on_message_complete(self) -> None:
@@ -212,8 +228,10 @@ class Connection(asyncio.Protocol):
             self._complete = True
             self._reusable = self._parser is not None and self._parser.should_keep_alive()
         else:
-            self._informational += 1
             response.headers.clear()
+            self._informational += 1
+            if self._informational > MAX_INFORMATIONAL:
+                self._fault = "it sent too many informational messages"
 
     # -- its end ---------------------------------------------------------------------------------------------------
 
@@ -221,17 +239,18 @@ class Connection(asyncio.Protocol):
         response.whole = True
         self._response = None
         self._resolve()
-        if self._reusable and self.usable:
+        # Where the request is not gone yet, what is behind it would pile up at a server that answers and never reads.
+        if self._reusable and self.usable and self._transport and not self._transport.get_write_buffer_size():
             self._at_rest(self)
         elif not self._tunnel:
             self.abort()
 
     def _fail(self, failure: HttpFailure) -> None:
-        self._failure = failure
-        self._response = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(failure)
-        self._waiter = None
+        waiter, self._waiter = self._waiter, None
+        if waiter is None:
+            self._failure = failure  # for whoever reads on
+        elif not waiter.done():
+            waiter.set_exception(failure)
         self.abort()
 
     def _resolve(self) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import quote
 
 import aiohappyeyeballs
 
@@ -19,6 +20,7 @@ from provider.http.connection import Connection, Response
 from provider.http.failures import (
     ConnectFailed,
     ExchangeBroken,
+    HttpFailure,
     LookupFailed,
     NotConnected,
     ProxyFailed,
@@ -92,14 +94,14 @@ class Pool:
         self._lookups = lookups
         self._limit = limit
         self._connect_seconds = connect_seconds
-        host = f"Host: {origin.authority}\r\n"
+        fixed = {"Host": origin.authority}
         self._before_path = ""
         proxy = origin.proxy
         if proxy is not None and origin.tls is None:
             # RFC 9112 section 3.2.2: a proxy is told the whole URL.
             self._before_path = f"http://{origin.authority}"
-            host += _proxy_authorization(proxy)
-        self._fixed = host + _lines({**_EVERY_REQUEST, **(headers or {})})
+            fixed |= _authorization(proxy)
+        self._fixed = _lines({**fixed, **_EVERY_REQUEST, **(headers or {})})
         self._idle: deque[Connection] = deque()  # in the order in which they came to rest
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._live: set[Connection] = set()
@@ -131,8 +133,8 @@ class Pool:
 
     def _head(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
         """The request, up to its body."""
-        if _ILLEGAL.search(path):
-            raise ValueError("a path has a line break or a space")
+        if _ILLEGAL.search(method + path):
+            raise ValueError("a method or a path has a line break or a space")
         head = f"{method} {self._before_path}{path} HTTP/1.1\r\n{self._fixed}{_lines(headers)}"
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -247,7 +249,7 @@ class Pool:
         if origin.socket_path:
             try:
                 await loop.create_unix_connection(lambda: connection, origin.socket_path)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a path that is none
                 raise ConnectFailed(reason(error)) from error
             return connection
         proxy = origin.proxy
@@ -263,14 +265,16 @@ class Pool:
         except (NotConnected, ExchangeBroken) as error:
             hop.abort()
             raise ProxyFailed(str(error)) from error
+        except TlsFailed as error:
+            raise TlsFailed(f"at the proxy: {error}") from error
+        through = hop.detach()
         try:
             tls = await loop.start_tls(
-                hop.detach(), connection, origin.tls, server_hostname=origin.server_name or origin.host
+                through, connection, origin.tls, server_hostname=origin.server_name or origin.host
             )
-        except ssl.SSLError as error:
-            raise TlsFailed(reason(error)) from error
-        except OSError as error:
-            raise ConnectFailed(reason(error)) from error
+        except (OSError, ValueError) as error:
+            through.abort()
+            raise _not_connected(error) from error
         if tls is None:
             raise ConnectFailed("the connection was closed")
         connection.connection_made(tls)
@@ -293,15 +297,14 @@ class Pool:
             await asyncio.get_running_loop().create_connection(
                 lambda: connection, sock=opened, ssl=tls, server_hostname=server_name if tls else None
             )
-        except ssl.SSLError as error:
-            raise TlsFailed(reason(error)) from error
-        except OSError as error:
-            raise ConnectFailed(reason(error)) from error
+        except (OSError, ValueError) as error:
+            opened.close()  # nobody else does where TLS could not even begin
+            raise _not_connected(error) from error
 
     async def _tunnel(self, hop: Connection, proxy: Proxy) -> None:
         """Have the proxy lead on to the server (RFC 9110 section 9.3.6)."""
         to = _authority(self._origin.host, self._origin.port)
-        request = f"CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n{_proxy_authorization(proxy)}\r\n".encode()
+        request = f"CONNECT {to} HTTP/1.1\r\n{_lines({'Host': to, **_authorization(proxy)})}\r\n".encode()
         response = await hop.exchange(request, MAX_PROXY_ANSWER, tunnel=True)
         if not 200 <= response.status < 300:
             raise ProxyFailed(f"it answered {response.status}")
@@ -311,19 +314,36 @@ def _lines(headers: Mapping[str, str]) -> str:
     """Headers as they are sent. Raises ValueError for a line break in one: it would be another header, or more."""
     lines = ""
     for name, value in headers.items():
-        if _BREAK.search(value):
-            raise ValueError(f"the header {name} has a line break")
-        lines += f"{name}: {value}\r\n"
+        line = f"{name}: {value}"
+        if _BREAK.search(line):
+            raise ValueError(f"the header {name!r} has a line break")
+        lines += f"{line}\r\n"
     return lines
 
 
+def _not_connected(error: OSError | ValueError) -> HttpFailure:
+    """What a failure to make a connection means."""
+    if isinstance(error, ssl.SSLError):
+        return TlsFailed(reason(error))
+    if isinstance(error, ValueError):
+        return TlsFailed("the name that its certificate is to be for cannot be one")
+    return ConnectFailed(reason(error))
+
+
 def _authority(host: str, port: int, *, default: int | None = None) -> str:
-    named = f"[{host}]" if ":" in host else host if host.isascii() else host.encode("idna").decode()
+    named = f"[{host}]" if ":" in host else host if host.isascii() else _in_ascii(host)
     return named if port == default else f"{named}:{port}"
 
 
-def _proxy_authorization(proxy: Proxy) -> str:
-    return f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+def _in_ascii(host: str) -> str:
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return quote(host, errors="replace")  # no name that can be looked up, which is told then
+
+
+def _authorization(proxy: Proxy) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
 def _nobody(_: Connection) -> None:

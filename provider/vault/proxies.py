@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import os
 import ssl
-import urllib.request
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from provider.errors import VaultUnavailable
 from provider.http import Proxy
@@ -19,19 +19,21 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 def is_secure(text: str) -> bool:
     """Whether the proxy of this URL is spoken to over TLS."""
-    return text.lower().startswith("https://")
+    return text.strip().lower().startswith("https://")
 
 
 def usable_proxy(text: str, tls: ssl.SSLContext | None) -> Proxy:
     """The proxy of a URL, which may hold a user and a password; as for Go's clients, a missing scheme means ``http``.
 
-    ``tls`` is for one of ``https``. Raises VaultUnavailable for what cannot be a proxy.
+    ``tls`` is for one of ``https``, which is never spoken to without. Raises VaultUnavailable for what cannot be a
+    proxy.
     """
+    text = text.strip()
     try:
         url = urlsplit(text if "://" in text else f"http://{text}")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError
         secure = url.scheme == "https"
+        if url.scheme not in ("http", "https") or not url.hostname or (secure and tls is None):
+            raise ValueError
         port = url.port or (443 if secure else 80)
     except ValueError:
         raise VaultUnavailable(
@@ -39,25 +41,29 @@ def usable_proxy(text: str, tls: ssl.SSLContext | None) -> Proxy:
         ) from None
     authorization = ""
     if url.username is not None:
-        user = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        authorization = "Basic " + base64.b64encode(user.encode()).decode()
+        # os.fsencode: a byte of the environment that is no UTF-8 is sent as it is.
+        user = b":".join(unquote_to_bytes(os.fsencode(part or "")) for part in (url.username, url.password))
+        authorization = "Basic " + base64.b64encode(user).decode()
     return Proxy(url.hostname, port, tls if secure else None, authorization)
 
 
 def proxy_from_environment(scheme: str, host: str, port: int) -> str:
-    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, any case, read as Go's clients read them; "" for none.
+    """HTTPS_PROXY, HTTP_PROXY and NO_PROXY, else the same in lower case, read as Go's clients do; "" for none.
 
-    Beyond ``urllib``: NO_PROXY may name networks (10.0.0.0/8) and ports, and this machine itself is never behind a
-    proxy. Source: https://pkg.go.dev/golang.org/x/net/http/httpproxy
+    NO_PROXY may name networks (10.0.0.0/8) and ports, and this machine itself is never behind a proxy.
+    Source: https://pkg.go.dev/golang.org/x/net/http/httpproxy
     """
-    proxies = urllib.request.getproxies_environment()
     address = _address(host)
     if host == "localhost" or (address is not None and address.is_loopback):
         return ""
-    for entry in proxies.get("no", "").lower().split(","):
+    for entry in _setting("NO_PROXY").lower().split(","):
         if _covers(entry.strip(), host, port, address):
             return ""
-    return proxies.get(scheme, "")
+    return _setting(f"{scheme.upper()}_PROXY")
+
+
+def _setting(name: str) -> str:
+    return os.environ.get(name) or os.environ.get(name.lower(), "")
 
 
 def _covers(entry: str, host: str, port: int, address: _Address | None) -> bool:
