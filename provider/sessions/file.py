@@ -21,10 +21,12 @@ class _Holding:
         self._file = file
 
     async def __aenter__(self) -> None:
-        await self._file.enter()
+        if not self._file.join():
+            await self._file.enter()
 
     async def __aexit__(self, *_: object) -> None:
-        await self._file.leave()
+        if not self._file.part():
+            await self._file.leave()
 
 
 class SessionFile:
@@ -79,21 +81,27 @@ class SessionFile:
         """
         return _Holding(self)
 
+    def join(self) -> bool:
+        """Begin to hold it with others, if there are any: most of a mount's reads do."""
+        joins = self._holders > 0 and not self._gate.locked()
+        self._holders += joins
+        return joins
+
+    def part(self) -> bool:
+        """End what ``join`` or ``enter`` began, if others go on holding it."""
+        parts = self._holders > 1 and not self._gate.locked()
+        self._holders -= parts
+        return parts
+
     async def enter(self) -> None:
         """Begin to hold it; ``held`` sees to the end."""
-        if self._holders and not self._gate.locked():
-            self._holders += 1  # most of a mount's reads come here: no turn at a lock that nobody has
-            return
         async with self._gate:
             if not self._holders:
                 await self._take()
             self._holders += 1
 
     async def leave(self) -> None:
-        """End what ``enter`` began."""
-        if self._holders > 1 and not self._gate.locked():
-            self._holders -= 1
-            return
+        """End what ``join`` or ``enter`` began."""
         async with self._gate:
             self._holders -= 1
             if not self._holders:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -191,44 +192,46 @@ class Session:
         old = self._has.kept.get(request)
         try:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
-            token = await self._token(
-                mount, for_lease=old is not None or not self._has.is_static(request), replaced=old
-            )
+            for_lease = old is not None or not self._has.is_static(request)
+            token = self._token_at_hand(mount, for_lease=for_lease, replaced=old) or await self._new_token(mount)
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
             if old is None or not old.lives(self._clock.now()):
                 raise
             _log.warning("kept the old credential of %s: %s", request.path, error, extra=self._about())
             return old.secret
-        await self._keep(read, secret, token, mount)
+        if secret.leased or secret.certificate_end is not None:
+            await self._keep(read, secret, token, mount)
+        else:
+            self._has.note_static(request)
         return secret
 
     async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
-        secret, token = await self._read(read.request, await self._token(mount), mount)
+        token = self._token_at_hand(mount) or await self._new_token(mount)
+        secret, token = await self._read(read.request, token, mount)
         token.bears_leases |= secret.leased
         if secret.leased:
             self._record_issue(read.request, secret, token, secret.lease_duration, again=False)
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
+        shared = self._around.shared
+        token.spend()
         try:
-            return await self._send(request, token, mount), token
+            return await shared.read(self._vault, request, token.auth, mount.deadline), token
         except AccessDenied:
             if token.serial > mount.began:
                 raise
             fresh = await self._join(("denied", id(token)), lambda: self._after_denial(token, mount))
             if fresh is None:
                 raise
-        secret = await self._send(request, fresh, mount)
+        fresh.spend()
+        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline)
         if not token.dead and "default" not in token.auth.policies:
             # Without the default policy a token may not look itself up, so that alone proved nothing; this does.
             self._bury(token)
         return secret, fresh
-
-    async def _send(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> VaultSecret:
-        token.spend()
-        return await self._around.shared.read(self._vault, request, token.auth, mount.deadline)
 
     async def _after_denial(self, token: HeldToken, mount: _Mount) -> HeldToken | None:
         """A token to try once more with after a 403, or None where the policies deny the read."""
@@ -298,7 +301,9 @@ class Session:
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
-    async def _token(self, mount: _Mount, *, for_lease: bool = False, replaced: Kept | None = None) -> HeldToken:
+    def _token_at_hand(
+        self, mount: _Mount, *, for_lease: bool = False, replaced: Kept | None = None
+    ) -> HeldToken | None:
         """A token that a read can go out under; for a new lease, one that will outlive the next re-mounts.
 
         Where a lease is ``replaced`` since it could not outlive its token, the next one would end with it too.
@@ -311,6 +316,9 @@ class Session:
             bound = replaced is not None and replaced.token is token and replaced.ends_with_token
             if not bound and not must_replace(token.life, None, now, mount.interval, 100):
                 return token
+        return None
+
+    async def _new_token(self, mount: _Mount) -> HeldToken:
         while True:
             token = await self._join("login", lambda: self._log_in(mount))
             if token.uses_left != 0:  # others who waited for it may have used it up
@@ -324,11 +332,11 @@ class Session:
         self._has.changed = True
         if self.file.in_use:
             # Beside the reads that it is for: a token that nobody remembers after a crash could not be revoked.
-            self._start(("save", id(token)), self.file.save())
+            self._start(("save", id(token)), self.file.save)
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
-                self._start(("revoke", id(old)), self._revoke_once(old, "superseded"))
+                self._start(("revoke", id(old)), functools.partial(self._revoke_once, old, "superseded"))
         _log.info("logged in", extra=self._about() | {"accessor": auth.accessor, "ttl_seconds": auth.ttl})
         return token
 
@@ -540,10 +548,12 @@ class Session:
         task: asyncio.Task[_T] | None = self._under_way.get(key)
         if task is not None:
             return task
-        return self._start(key, self._holding(start) if issues and self.file.in_use else start())
+        return self._start(key, start, held=issues and self.file.in_use)
 
-    def _start(self, key: object, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        task = self._under_way[key] = asyncio.create_task(_bounded(work))
+    def _start(
+        self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool = False
+    ) -> asyncio.Task[_T]:
+        task = self._under_way[key] = asyncio.create_task(self._bounded(start, held=held))
         task.add_done_callback(lambda done: self._done(key, done))
         return task
 
@@ -552,9 +562,18 @@ class Session:
         if not task.cancelled():
             task.exception()  # seen: who waited may be gone, and Python would complain of an exception never read
 
-    async def _holding(self, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        async with self.file.held():
-            return await start()
+    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool) -> _T:
+        """Do it within ANSWER_SECONDS, and if ``held`` while the session's file is held."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                if not held:
+                    return await start()
+                async with self.file.held():
+                    return await start()
+        except TimeoutError as error:
+            raise AnswerLost(
+                f"Vault did not answer within {ANSWER_SECONDS:.0f} s", "check Vault's load and the network to it"
+            ) from error
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -587,13 +606,3 @@ class Session:
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}
-
-
-async def _bounded(work: Coroutine[Any, Any, _T]) -> _T:
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            return await work
-    except TimeoutError as error:
-        raise AnswerLost(
-            f"Vault did not answer within {ANSWER_SECONDS:.0f} s", "check Vault's load and the network to it"
-        ) from error

@@ -7,8 +7,7 @@ that is known to be ``kv``: nothing else answers all tokens of one principal ali
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Final
 
 from provider.clock import Clock
 from provider.errors import VaultUnavailable
@@ -55,30 +54,24 @@ class SharedReads:
         # What kv answers it can be asked again, where asking costs no use of the token.
         again = engine.kind == "kv" and not auth.num_uses
 
-        def read() -> Coroutine[Any, Any, VaultSecret]:
-            return vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
-
         if not self._enabled or engine.kind != "kv" or not auth.entity_id:
-            return await read()
+            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
         key = (vault.server, auth.entity_id, auth.policies, request)
         leader = self._reads.get(key)
-        if leader is None:
-            return await self._lead(key, read())
-        shared = await asyncio.shield(leader)
-        if isinstance(shared, VaultUnreachable):
-            raise VaultUnreachable(shared.what, shared.advice)  # who waited for it has no time to wait once more
-        if shared is None:
+        if leader is not None:
+            shared = await asyncio.shield(leader)
+            if isinstance(shared, VaultUnreachable):
+                raise VaultUnreachable(shared.what, shared.advice)  # who waited for it has no time to wait once more
+            if shared is not None:
+                self._telemetry.record(ReadShared(vault.server))
+                return shared
             # It failed, but under another pod's token, and within another mount's time.
-            return await read()
-        self._telemetry.record(ReadShared(vault.server))
-        return shared
-
-    async def _lead(self, key: object, reading: Coroutine[Any, Any, VaultSecret]) -> VaultSecret:
-        """Read, and let whoever asks for the same meanwhile have the answer too."""
+            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
+        # Whoever asks for the same meanwhile has the answer too.
         future = self._reads[key] = asyncio.get_running_loop().create_future()
         result: VaultSecret | VaultUnreachable | None = None
         try:
-            result = secret = await reading
+            result = secret = await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
         except VaultUnreachable as error:
             result = error
             raise

@@ -65,8 +65,8 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
     Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``. ``mount`` is the auth or
-    engine mount that is told of them, with a slash at its end. Requests with ``of_mount``, the pod's token or JWT, are
-    part of a mount, which is known by that and by its deadline; see ``Asker``.
+    engine mount that is told of them, with a slash at its end. Requests with ``of_mount``, the hash of the pod's token
+    or JWT, are part of a mount, which is known by that and by its deadline; see ``Asker``.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
-        owner: Sensitive[str] | None = None,
-        of_mount: Sensitive[str] | None = None,
+        owner: int | None = None,
+        of_mount: int | None = None,
         redirect: Redirect,
     ) -> None:
         # Adapter's own constructor would open a requests.Session, for which there is no use here.
@@ -119,10 +119,13 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         if body is None and kwargs.get("json") is not None:
             body = json.dumps(kwargs["json"]).encode()
         asker = Asker(self._owner, self._of_mount, asyncio.get_running_loop().time())
+        method = method.upper()
         for tries in range(1, MAX_TRIES + 1):
-            wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
+            asked_to_wait = 0.0
             try:
-                answer = await self._send(method.upper(), url, sent, body, asker)
+                answer = await self._transport.send(method, url, sent, body, mount=self._mount, asker=asker)
+                if answer.status in FOLLOWED:
+                    answer = await self._follow(answer, method, url, sent, body, asker)
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:
@@ -135,29 +138,28 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
                 if answer.status not in RETRIED_STATUSES:
                     raise self._refusal(answer)
                 failure = self._unavailable(answer)
-                wait = max(wait, _retry_after(answer.header("Retry-After") or "0", self._transport.clock))
+                asked_to_wait = _retry_after(answer.header("Retry-After") or "0", self._transport.clock)
+            wait = random.uniform(0, min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2**tries))
+            wait = max(wait, asked_to_wait)
             if tries == MAX_TRIES or asyncio.get_running_loop().time() + wait >= self._deadline:
                 raise failure
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _send(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, asker: Asker
+    async def _follow(
+        self, answer: Answer, method: str, url: str, headers: Mapping[str, str], body: bytes | None, asker: Asker
     ) -> Answer:
-        """Send it once, and on to where redirects lead that may be followed."""
+        """Send it on to where redirects lead that may be followed."""
         transport = self._transport
-        hops = 0
-        while True:
-            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker)
-            if answer.status not in FOLLOWED:
-                return answer
-            if hops == MAX_HOPS:
-                raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
-            hops += 1
+        for _ in range(MAX_HOPS):
             try:
                 transport = self._redirect(transport, answer.header("Location") or "", url)
             except NotFollowed as refused:
                 raise self._redirected(answer, str(refused)) from None
+            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker)
+            if answer.status not in FOLLOWED:
+                return answer
+        raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
 
     def _redirected(self, answer: Answer, advice: str) -> VaultUnavailable:
         target = self._quoted(answer.header("Location") or "elsewhere", 200)

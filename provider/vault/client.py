@@ -127,7 +127,9 @@ class Vault:
             LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
             VaultUnavailable: no answer, or none of Vault's.
         """
-        adapter = self._adapter(None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=jwt)
+        adapter = self._adapter(
+            None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=hash(jwt)
+        )
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
@@ -164,15 +166,16 @@ class Vault:
             RequestRefused: another refusal (400, 405).
             VaultUnavailable: no answer, or none of Vault's.
         """
+        owner = hash(token)
         adapter = VaultAdapter(
             self.transport,
             token,
             deadline,
             mount=mount or mount_of(request.path),
             resend=resend,
-            hidden=_values(request.body),
-            owner=token,
-            of_mount=token,
+            hidden=_values(request.body) if request.body is not None else (),
+            owner=owner,
+            of_mount=owner,
             redirect=self._redirect,
         )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
@@ -280,7 +283,7 @@ class Vault:
         mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
-        of_mount: Sensitive[str] | None = None,
+        of_mount: int | None = None,
     ) -> VaultAdapter:
         return VaultAdapter(
             self.transport,
@@ -410,10 +413,10 @@ def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
     )
 
 
-def _values(body: Sensitive[str] | None) -> list[Sensitive[str]]:
+def _values(body: Sensitive[str]) -> list[Sensitive[str]]:
     """The texts and numbers of a request's body, any of which may be a secret."""
     found: list[Sensitive[str]] = []
-    left: list[object] = [json.loads(body.reveal())] if body is not None else []
+    left: list[object] = [json.loads(body.reveal())]
     while left:
         value = left.pop()
         if isinstance(value, dict):

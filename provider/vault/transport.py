@@ -65,7 +65,7 @@ _JSON_MARKS: Final = b",[{:"
 HEALTH: Final = "/v1/sys/health?standbyok=true&perfstandbyok=true"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Answer:
     """What the server at ``address`` answered. ``body`` is the JSON object, or None where there was no JSON object."""
 
@@ -148,16 +148,12 @@ class Transport:
             AnswerLost: the request went out, the answer did not come, or not whole.
             VaultUnavailable: TLS failed, or the answer is too large.
         """
-        await self.watch.admit(asker)
+        if not self.watch.believes:
+            await self.watch.admit(asker)
         if asker.owner is None:
             return await self._send(method, path, headers, body, mount)
-        while True:
-            try:
-                await self._turns.take(asker.owner)
-            except Dismissed:
-                await self.watch.admit(asker)
-            else:
-                break
+        if not self._turns.take_now(asker.owner):
+            await self._wait_turn(asker)
         late = False
 
         def be_late() -> None:
@@ -171,6 +167,13 @@ class Transport:
         finally:
             timer.cancel()
             self._turns.give(asker.owner, overdue=late)
+
+    async def _wait_turn(self, asker: Asker) -> None:
+        while True:
+            try:
+                return await self._turns.take(asker.owner)
+            except Dismissed:
+                await self.watch.admit(asker)
 
     async def look(self) -> tuple[str, str]:
         """See whether Vault is there, over a connection of its own, since kept ones may lead nowhere by now.
@@ -192,7 +195,9 @@ class Transport:
         return _trouble(answer)
 
     async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, mount: str) -> Answer:
-        pool = await self._current_pool()
+        pool = self._pool
+        if pool is None or self._due_for_check():
+            pool = await self._current_pool()
         began, status = time.monotonic(), 0
         failure: VaultUnavailable | None = None
         flight = self.watch.began(self.look)
@@ -252,8 +257,6 @@ class Transport:
             pool.close()
 
     async def _current_pool(self) -> Pool:
-        if self._pool is not None and not self._due_for_check():
-            return self._pool
         async with self._opening:
             if self._pool is not None and not self._due_for_check():
                 return self._pool
@@ -322,7 +325,7 @@ def _parse(raw: bytearray) -> dict[str, Any] | None:
     if not raw:
         return None
     try:
-        found = json.loads(raw)
+        found = json.loads(raw.decode())  # text: whoever gets bytes looks for other encodings first
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -53,8 +53,7 @@ class Turns:
 
         Cancelled while it waits, it holds none. Raises Dismissed, holding none either.
         """
-        if self._may(owner):
-            self._enter(owner)
+        if self.take_now(owner):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
@@ -68,6 +67,13 @@ class Turns:
                 self.give(owner)  # it was let in, and cancelled before it could go
             raise
 
+    def take_now(self, owner: Hashable) -> bool:
+        """Hold a place if ``owner`` may at once; whether it may."""
+        may = self._may(owner)
+        if may:
+            self._enter(owner)
+        return may
+
     def give(self, owner: Hashable, *, overdue: bool = False) -> None:
         """Give a place of ``owner``'s back, and let in who may go now. ``overdue`` says that it was told to be so."""
         _subtract(self._held, owner)
@@ -78,9 +84,10 @@ class Turns:
             self._lendable += 1
         else:
             self.free += 1
-        while self.free and self._let_in():
-            pass
-        self._lend()
+        if self._waiting:
+            while self.free and self._let_in():
+                pass
+            self._lend()
 
     def overdue(self, owner: Hashable) -> None:
         """One of ``owner``'s stays too long."""
@@ -110,10 +117,12 @@ class Turns:
                     turn.set_exception(Dismissed())
 
     def _may(self, owner: Hashable) -> bool:
+        if not self.free:
+            return False
         held = self._held.get(owner, 0)
         if held >= BULK_PLACES and len(self._waiting.get(owner, ())) > BULK:
             return False
-        return self.free > 0 and (held == 0 or held + 1 <= SHARE * (self.free - 1))
+        return held == 0 or held + 1 <= SHARE * (self.free - 1)
 
     def _enter(self, owner: Hashable) -> None:
         self.free -= 1

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 from provider.clock import Clock
@@ -38,8 +37,7 @@ Look: TypeAlias = Callable[[], Awaitable[tuple[str, str]]]
 """Asks Vault whether it is there. Gives what is wrong, "" for nothing, and what to do; raises VaultUnavailable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asker:
+class Asker(NamedTuple):
     """For whom a request goes out. ``owner`` takes turns with others; None never waits for them.
 
     ``mount`` tells mounts apart, and is None for what is none: that is refused at once while Vault is away, a mount
@@ -71,6 +69,11 @@ class Watch:
         self._change: asyncio.Future[None] | None = None
         self._waiting = 0
 
+    @property
+    def believes(self) -> bool:
+        """Whether nothing speaks against asking this Vault, so that there is no need to be admitted."""
+        return self._breaker.state is State.THERE
+
     async def admit(self, asker: Asker) -> None:
         """Let ``asker`` pass, at once where nothing is wrong. Raises VaultUnreachable while Vault is away."""
         breaker = self._breaker
@@ -92,11 +95,11 @@ class Watch:
 
     def began(self, look: Look) -> int:
         """A request goes out; ``look`` is how to look at the Vault that it goes to. Gives its number."""
+        loop = asyncio.get_running_loop()
         self._flown += 1
-        now = asyncio.get_running_loop().time()
-        self._flights[self._flown] = now, look
+        self._flights[self._flown] = loop.time(), look
         if self._listening is None:
-            self._listening = asyncio.get_running_loop().call_later(SILENT_SECONDS, self._listen)
+            self._listening = loop.call_later(SILENT_SECONDS, self._listen)
         return self._flown
 
     def ended(self, number: int, status: int, failure: VaultUnavailable | None) -> None:
@@ -104,8 +107,10 @@ class Watch:
         _, look = self._flights.pop(number)
         if status:
             self._heard_at = asyncio.get_running_loop().time()
-            if status < 500 and self._breaker.state is not State.THERE:
-                self._found()
+            if status < 500:
+                if self._breaker.state is not State.THERE:
+                    self._found()
+                return
         if isinstance(failure, NotSent):
             self._lost(look, *_reason(failure))
         elif isinstance(failure, AnswerLost) or status in DOUBTED_STATUSES:
