@@ -7,7 +7,6 @@ neither nesting nor a "billion laughs" costs more than its own text.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -34,8 +33,9 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
 }
 _TEXT_TAGS: Final = ("!", f"{_CORE}str", f"{_CORE}binary")
 
+_NULLS: Final = ("", "~", "null", "Null", "NULL")
 _WORDS: Final[dict[str, float | bool | None]] = {
-    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(_NULLS),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
@@ -54,7 +54,9 @@ _MAX_DIGITS: Final = 80
 Value: TypeAlias = str | int | float | bool | None
 
 
-@dataclass(frozen=True, slots=True)
+# Nodes are not frozen: a class has dozens to ten thousands of them, and a frozen one takes several times as long to
+# make. Nothing changes one once it is read, and they are gone when the class is.
+@dataclass(slots=True)
 class Scalar:
     """One scalar. ``typed`` says that YAML may read it as something else than a string: plain, or tagged so."""
 
@@ -67,8 +69,13 @@ class Scalar:
         """What YAML reads it as; a float may be infinite or NaN."""
         return resolve(self.text) if self.typed else self.text
 
+    @property
+    def null(self) -> bool:
+        """Whether YAML reads it as no value at all."""
+        return self.typed and self.text in _NULLS
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Sequence:
     """A list of nodes; an alias is the very node that it names."""
 
@@ -76,7 +83,7 @@ class Sequence:
     line: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Mapping:
     """Nodes by the text of their keys, merge keys (``<<``) followed.
 
@@ -122,24 +129,20 @@ def read(text: str) -> tuple[Node | None, bool]:
     """
     if text.count("%TAG") > _MAX_TAG_DIRECTIVES:
         raise Refused("has too many %TAG directives", "remove them")
-    builder = _Builder()
     # Without libyaml (a source build) the pure parser reads the same, slower.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    problem = ""
-    events: Any = yaml.parse(text, Loader=loader)
-    with contextlib.closing(events):
+    loading: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        loader = loading(text)
         try:
-            for event in events:
-                if isinstance(event, yaml.DocumentEndEvent):
-                    break
-                builder.feed(event)
-        except yaml.MarkedYAMLError as error:
-            problem = _where(error)
-        except yaml.YAMLError:
-            problem = "holds a character that YAML does not allow"
-        if problem:
-            raise Refused(problem, "check indentation and quotes")
-        return builder.root, _more(events)
+            return _Builder().first_document(loader), _more(loader)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        problem = _where(error)
+    except yaml.YAMLError:
+        problem = "holds a character that YAML does not allow"
+    # Out here, where the parser's error, which may quote the text, does not go along.
+    raise Refused(problem, "check indentation and quotes")
 
 
 def _where(error: yaml.MarkedYAMLError) -> str:
@@ -149,10 +152,10 @@ def _where(error: yaml.MarkedYAMLError) -> str:
     return f"line {line}: is not YAML, {problem}"
 
 
-def _more(events: Any) -> bool:
+def _more(loader: Any) -> bool:
     """Whether a document follows, even a broken one: yaml.v3 never reads so far."""
     try:
-        return any(isinstance(event, yaml.DocumentStartEvent) for event in (next(events, None),))
+        return isinstance(loader.get_event(), yaml.DocumentStartEvent)
     except yaml.YAMLError:
         return True
 
@@ -188,23 +191,30 @@ class _Builder:
     """Events in, one tree of nodes out."""
 
     def __init__(self) -> None:
-        self.root: Node | None = None
+        self._root: Node | None = None
         self._open: list[_Open] = []
         # None while the anchored collection is still open: an alias to it would contain itself.
         self._anchors: dict[str, _Anchored | None] = {}
         self._nodes = 0
         self._chars = 0
 
-    def feed(self, event: Any) -> None:
-        """Take the next event of the document. Raises Refused."""
-        if isinstance(event, yaml.ScalarEvent):
-            self._scalar(event)
-        elif isinstance(event, yaml.AliasEvent):
-            self._alias(event)
-        elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
-            self._start(event)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            self._end()
+    def first_document(self, loader: Any) -> Node | None:
+        """The document that begins next, read to its end; None if there is none. Raises Refused."""
+        take = {
+            yaml.ScalarEvent: self._scalar,
+            yaml.AliasEvent: self._alias,
+            yaml.SequenceStartEvent: self._start,
+            yaml.MappingStartEvent: self._start,
+            yaml.SequenceEndEvent: self._end,
+            yaml.MappingEndEvent: self._end,
+        }
+        for event in iter(loader.get_event, None):
+            kind = type(event)
+            if kind in take:
+                take[kind](event)
+            elif kind is yaml.DocumentEndEvent:
+                break
+        return self._root
 
     def _count(self, nodes: int, chars: int, line: int) -> None:
         self._nodes += nodes
@@ -218,7 +228,9 @@ class _Builder:
         line = event.start_mark.line + 1
         text: str = event.value
         self._count(1, len(text), line)
-        scalar = Scalar(text, _is_typed(event, line), line)
+        # implicit[0]: written plain, so its type is told from its text.
+        typed = event.implicit[0] if event.tag is None else _is_typed(event, line)
+        scalar = Scalar(text, typed, line)
         if event.anchor:
             self._anchors[event.anchor] = _Anchored(scalar, 1, len(text), 0)
         self._add(scalar, 0)
@@ -247,7 +259,7 @@ class _Builder:
         if event.anchor:
             self._anchors[event.anchor] = None
 
-    def _end(self) -> None:
+    def _end(self, _: Any) -> None:
         done = self._open.pop()
         items = tuple(done.items)
         node = Sequence(items, done.line) if done.entries is None else _merged(done.entries, done)
@@ -259,10 +271,11 @@ class _Builder:
 
     def _add(self, node: Node, height: int) -> None:
         if not self._open:
-            self.root = node
+            self._root = node
             return
         top = self._open[-1]
-        top.height = max(top.height, height)
+        if height > top.height:
+            top.height = height
         if top.entries is None:
             top.items.append(node)
         elif top.key is None:
@@ -301,10 +314,8 @@ def _merged(own: dict[str, Node], done: _Open) -> Mapping:
 
 
 def _is_typed(event: Any, line: int) -> bool:
+    """Whether a scalar that has a tag is typed. Raises Refused."""
     tag = event.tag
-    if tag is None:
-        # implicit[0]: written plain, so its type is told from its text.
-        return bool(event.implicit[0])
     if tag in _TEXT_TAGS:
         return False
     if tag not in _TYPES:
