@@ -41,6 +41,7 @@ from provider.telemetry.events import (
     Revocation,
     Revoking,
     Supply,
+    Telemetry,
     VaultRequest,
     Who,
 )
@@ -79,8 +80,11 @@ class Listener:
         self.texts: list[str] = []
         self.recorded: list[Event] = []
         self.room = True
-        self._volumes = Volumes(SystemClock())
-        self._audit = Audit(self._put, self._volumes, self.recorded.append, node="node-1")
+        self._telemetry = Telemetry()
+        volumes = Volumes(SystemClock())
+        self._audit = Audit(self._put, volumes, self.recorded.append, node="node-1")
+        self._audit.listen(self._telemetry)
+        volumes.listen(self._telemetry)
 
     def _put(self, line: str) -> bool:
         if self.room:
@@ -90,8 +94,7 @@ class Listener:
     def __call__(self, event: Event) -> list[dict[str, Any]]:
         """The lines that come of `event`, without their times."""
         before = len(self.texts)
-        self._audit.take(event)
-        self._volumes.take(event)
+        self._telemetry.record(event)
         lines: list[dict[str, Any]] = [json.loads(text) for text in self.texts[before:]]
         for line in lines:
             assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))

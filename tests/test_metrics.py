@@ -76,8 +76,8 @@ class Told:
         self.metrics = Metrics(
             volumes, lambda: self.views, lambda: self.lost, self.clock, address=ADDRESS, auth_mount="kubernetes"
         )
-        self._telemetry.listen(self.metrics.take)
-        self._telemetry.listen(volumes.take)
+        self.metrics.listen(self._telemetry)
+        volumes.listen(self._telemetry)
 
     def tell(self, *events: Event) -> None:
         for event in events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from provider.settings import TlsSettings
 from provider.spc import MountSpec, Pod
 from provider.spc.model import Login, VaultServer
 from provider.telemetry import volumes
-from provider.telemetry.events import Kind, Mounted, MountedObject, MountRefused, ProgramEnded, Supply
+from provider.telemetry.events import Kind, Mounted, MountedObject, MountRefused, ProgramEnded, Supply, Telemetry
 from provider.telemetry.volumes import Change, Volumes
 
 NOTHING: frozenset[str] = frozenset()
@@ -163,8 +164,14 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.find("uid-of-f", "/t") is not None
 
 
-def test_other_events_say_nothing() -> None:
-    """What is not about a mount is left."""
-    known = Volumes(Hand())
-    known.take(ProgramEnded("cpu"))
+def test_other_events_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Of all events those about mounts are heard, and no others."""
+    known, telemetry = Volumes(Hand()), Telemetry()
+    known.listen(telemetry)
+    with caplog.at_level(logging.ERROR):
+        telemetry.record(ProgramEnded("cpu"))
+    assert caplog.messages == []
     assert known.recent_mounts(1) == known.recent_errors(1) == []
+    telemetry.record(mounted({"a": "1"}))
+    telemetry.record(refused(name="other"))
+    assert len(known.recent_mounts(2)) == len(known.recent_errors(2)) == 1

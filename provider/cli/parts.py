@@ -53,7 +53,7 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
     async with contextlib.AsyncExitStack() as stack:
         if settings.audit_log != "off":
             # Before the parts, so that it ends after them and tells how they ended.
-            telemetry.listen(_audit(settings, telemetry, volumes, stderr.put, stack))
+            _audit(settings, telemetry, volumes, stderr.put, stack)
         servers = VaultServers(
             clock=clock,
             proxy=settings.vault_proxy_addr,
@@ -86,9 +86,9 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
                 address=settings.vault_addr,
                 auth_mount=settings.vault_mount,
             )
-            telemetry.listen(metrics.take)
+            metrics.listen(telemetry)
         # After all who ask what a mount changed.
-        telemetry.listen(volumes.take)
+        volumes.listen(telemetry)
         status = Status(sessions.views, volumes, clock, node=settings.node_name)
         yield Parts(Parser(settings), mounts, telemetry, status.pages, metrics.page if metrics is not None else None)
 
@@ -99,8 +99,8 @@ def _audit(
     volumes: Volumes,
     stderr: Callable[[str], bool],
     stack: contextlib.AsyncExitStack,
-) -> Callable[[Event], None]:
-    """The listener that writes the audit log; its file is closed with ``stack``."""
+) -> None:
+    """Write the audit log from now on; its file is closed with ``stack``."""
     # A daemon without one does not pay for it.
     from provider.telemetry.audit import Audit, AuditFile
 
@@ -115,7 +115,7 @@ def _audit(
         put = stack.enter_context(AuditFile(settings.audit_log, record)).put
     audit = Audit(put, volumes, telemetry.record, node=settings.node_name)
     audit.begin()
-    return audit.take
+    audit.listen(telemetry)
 
 
 async def _keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -32,6 +32,7 @@ from provider.telemetry.events import (
     Renewing,
     Revocation,
     Revoking,
+    Telemetry,
     Who,
     lease_sha256,
 )
@@ -60,7 +61,7 @@ UNANSWERED: Final = "unanswered"
 class Audit:
     """Tells of events in lines that it hands to ``put``, which says whether there was room.
 
-    ``volumes`` must not have taken an event before this has. ``record`` is told of lines that are lost.
+    ``volumes`` must listen after this. ``record`` is told of lines that are lost.
     """
 
     def __init__(
@@ -71,14 +72,25 @@ class Audit:
         self._record = record
         self._node = _safe(node)
         self._lost = 0
+        self._tellers: Mapping[type[Event], Callable[[Any], dict[str, Any] | None]] = {
+            Mounted: self._mounted,
+            MountRefused: self._refused,
+            LoggedIn: self._logged_in,
+            Issued: self._issued,
+            Renewal: self._renewal,
+            Revocation: self._revocation,
+        }
 
     def begin(self) -> None:
         """Tell that the daemon has started, and so will tell of every volume's next mount."""
         self._write(self._line("start", OK, None) | {"daemon_version": __version__})
 
-    def take(self, event: Event) -> None:
-        """Write a line where ``event`` is one for the audit log."""
-        told = self._told(event)
+    def listen(self, telemetry: Telemetry) -> None:
+        """Write lines from now on of events that are for the audit log."""
+        telemetry.listen(self._take, *self._tellers)
+
+    def _take(self, event: Event) -> None:
+        told = self._tellers[type(event)](event)
         if told is None:
             return
         if self._lost and self._write(self._line("lost", OK, None) | {"lines": self._lost}):
@@ -89,22 +101,6 @@ class Audit:
 
     def _write(self, told: dict[str, Any]) -> bool:
         return self._put(json.dumps(told, ensure_ascii=False, separators=(",", ":")))
-
-    def _told(self, event: Event) -> dict[str, Any] | None:
-        match event:
-            case Mounted():
-                return self._mounted(event)
-            case MountRefused():
-                return self._refused(event)
-            case LoggedIn():
-                return self._logged_in(event)
-            case Issued():
-                return self._issued(event)
-            case Renewal():
-                return self._renewal(event)
-            case Revocation():
-                return self._revocation(event)
-        return None
 
     def _mounted(self, event: Mounted) -> dict[str, Any] | None:
         spec, change = event.spec, self._volumes.change(event)

@@ -43,6 +43,7 @@ from provider.telemetry.events import (
     SessionView,
     Supply,
     Swept,
+    Telemetry,
     VaultRequest,
 )
 from provider.telemetry.http import Answer, Request
@@ -309,9 +310,9 @@ class Histogram:
 
 
 class Metrics:
-    """Counts the events that ``take`` is told, and writes it all down for ``page``.
+    """Counts events, and writes it all down for ``page``.
 
-    ``volumes`` must not have taken an event before this has. ``views`` gives the sessions, ``lines_lost`` how many
+    ``volumes`` must listen after this. ``views`` gives the sessions, ``lines_lost`` how many
     lines of the log were ever lost. ``address`` and ``auth_mount`` are the daemon's own, which are known before anybody
     used them.
     """
@@ -381,11 +382,10 @@ class Metrics:
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def take(self, event: Event) -> None:
-        """Count ``event``."""
-        taker = self._takers.get(type(event))
-        if taker is not None:
-            taker(event)
+    def listen(self, telemetry: Telemetry) -> None:
+        """Count what happens from now on."""
+        for kind, taker in self._takers.items():
+            telemetry.listen(taker, kind)
 
     def _requested(self, event: VaultRequest) -> None:
         method = event.method if event.method in METHODS else OTHER

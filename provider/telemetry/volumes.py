@@ -13,7 +13,7 @@ from typing import Final
 
 from provider.clock import Clock
 from provider.spc.model import Pod
-from provider.telemetry.events import Event, Kind, Mounted, MountRefused
+from provider.telemetry.events import Kind, Mounted, MountRefused, Telemetry
 
 # Several times the volumes of a node's 110 pods; past it the one that was heard of least recently is forgotten, and its
 # next mount counts as a first one.
@@ -68,9 +68,9 @@ class Volume:
 
 
 class Volumes:
-    """The volumes of the node, at most MAX_VOLUMES of them. ``take`` listens to events.
+    """The volumes of the node, at most MAX_VOLUMES of them.
 
-    It must listen after all who ask ``change`` or ``find`` about an event, since it forgets what was before.
+    They must listen after all who ask ``change`` or ``find`` about an event, since they forget what was before.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -79,11 +79,15 @@ class Volumes:
         self._volumes: OrderedDict[tuple[str, str], Volume] = OrderedDict()
         self._marks = 0
 
-    def take(self, event: Event) -> None:
-        """Remember what ``event`` says of a volume; other events say nothing."""
-        if type(event) is Mounted:
+    def listen(self, telemetry: Telemetry) -> None:
+        """Remember from now on what events say of volumes."""
+        telemetry.listen(self.take, Mounted, MountRefused)
+
+    def take(self, event: Mounted | MountRefused) -> None:
+        """Remember what ``event`` says of a volume."""
+        if isinstance(event, Mounted):
             self._mounted(event)
-        elif type(event) is MountRefused and event.pod is not None:
+        elif event.pod is not None:
             self._refused(event, event.pod)
 
     def find(self, pod_uid: str, target_path: str) -> Volume | None:
