@@ -59,8 +59,10 @@ class Holdings:
         ``began`` is the serial of the newest token when the mount began: what came under a later one is fresh.
         """
         kept = self.kept.get(request)
+        if kept is None:
+            return None
         now = self._clock.now()
-        if kept is None or not kept.lives(now):
+        if not kept.lives(now):
             return None
         if must_replace(kept.life, kept.carrier, now, interval, kept.percent) and kept.token.serial <= began:
             return None
@@ -71,8 +73,10 @@ class Holdings:
 
     def remembered(self, read: Read, volume: str) -> VaultSecret | None:
         """What was read for ``volume`` less than ``refresh_after`` ago."""
-        shown = self._volumes.get(volume)
-        secret, at = shown.answers.get(read.request, (None, 0.0)) if shown is not None else (None, 0.0)
+        shown = self._volumes.get(volume) if read.refresh_after else None
+        if shown is None or read.request not in shown.answers:
+            return None
+        secret, at = shown.answers[read.request]
         return secret if self._clock.now() < at + read.refresh_after else None
 
     def is_void(self, read: Read, answer: VaultSecret | ProviderError) -> bool:

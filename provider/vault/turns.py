@@ -47,6 +47,9 @@ class Turns:
         self._lent: dict[Hashable, int] = {}
         # By owner, in the order in which they are asked: who was let in last is asked last.
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
+        # Those of them that hold nothing, in the order in which they came to that: while all places are held it is they
+        # who get what is given back, and they are not to be looked for among a hundred others each time.
+        self._empty_handed: dict[Hashable, None] = {}
 
     async def take(self, owner: Hashable) -> None:
         """Hold a place, at once or when it is ``owner``'s turn; whoever took one must ``give`` it back.
@@ -57,6 +60,8 @@ class Turns:
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
+        if owner not in self._held:
+            self._empty_handed[owner] = None
         self._lend()
         try:
             await turn
@@ -77,6 +82,8 @@ class Turns:
     def give(self, owner: Hashable, *, overdue: bool = False) -> None:
         """Give a place of ``owner``'s back, and let in who may go now. ``overdue`` says that it was told to be so."""
         _subtract(self._held, owner)
+        if owner not in self._held and owner in self._waiting:
+            self._empty_handed[owner] = None
         if overdue:
             _subtract(self._overdue, owner)
         if self._lent.get(owner, 0) > self._overdue.get(owner, 0):
@@ -101,7 +108,7 @@ class Turns:
                 self._lendable
                 and not self.free
                 and self._lent.get(owner, 0) < min(overdue, LENT_EACH)
-                and any(waiting not in self._held for waiting in self._waiting)
+                and self._empty_handed
             ):
                 self._lendable -= 1
                 self._lent[owner] = self._lent.get(owner, 0) + 1
@@ -111,6 +118,7 @@ class Turns:
     def dismiss(self) -> None:
         """Have all who wait go."""
         waiting, self._waiting = self._waiting, {}
+        self._empty_handed.clear()
         for queue in waiting.values():
             for turn in queue:
                 if not turn.done():
@@ -127,16 +135,21 @@ class Turns:
     def _enter(self, owner: Hashable) -> None:
         self.free -= 1
         self._held[owner] = self._held.get(owner, 0) + 1
+        self._empty_handed.pop(owner, None)
 
     def _let_in(self) -> bool:
         """Let one in, of the first owner that may have a place; whether there was one."""
-        owner = next((waiting for waiting in self._waiting if self._may(waiting)), None)
+        # The last free place is for nobody who holds one.
+        among = self._waiting if self.free > 1 else self._empty_handed
+        owner = next((waiting for waiting in among if self._may(waiting)), None)
         if owner is None:
             return False
         queue = self._waiting.pop(owner)
         turn = queue.popleft()
         if queue:
             self._waiting[owner] = queue
+        else:
+            self._empty_handed.pop(owner, None)
         if not turn.done():  # else cancelled just now: its own task has yet to learn of it
             self._enter(owner)
             turn.set_result(None)
@@ -148,6 +161,7 @@ class Turns:
             queue.remove(turn)
             if not queue:
                 del self._waiting[owner]
+                self._empty_handed.pop(owner, None)
 
 
 def _subtract(counts: dict[Hashable, int], owner: Hashable) -> None:
