@@ -29,9 +29,6 @@ _CONTROL: Final = re.compile(
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]"
 )
 
-# Names of the usual letters are most of what is made safe. Nothing above is in one of these, unless "eyJ" is.
-_PLAIN: Final = re.compile("[A-Za-z0-9_/ :-]*")
-
 
 class Sensitive(Generic[_T]):
     """A value that shows itself only when asked: ``repr``, ``str`` and ``format`` give ``***``.
@@ -71,12 +68,14 @@ class Sensitive(Generic[_T]):
 
 def one_line(text: str, limit: int = 512) -> str:
     """``text`` as a safe part of one line: credentials masked, control characters escaped, ``limit`` characters."""
-    if len(text) <= limit and _PLAIN.fullmatch(text) and "eyJ" not in text:
+    # Most texts are names. A credential has a dot or "eyJ" in it, and what is to be escaped is not printable.
+    if len(text) <= limit and "." not in text and "eyJ" not in text and text.isprintable():
         return text
     # Cut before the expressions run: the text may be a tenant's, or a load balancer's page of HTML. The margin
     # keeps a credential that straddles the cut recognisable.
     clean = _CREDENTIAL.sub(MASK, text[: limit + 4096])
-    clean = _CONTROL.sub(_escape, clean)
+    if not clean.isprintable():
+        clean = _CONTROL.sub(_escape, clean)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
