@@ -61,6 +61,11 @@ CAPABILITIES: Final = {"GET": "read", "LIST": "list", "DELETE": "delete", "PATCH
 class VersionKey(Protocol):
     """Where the key of object versions comes from."""
 
+    @property
+    def known(self) -> bytes | None:
+        """The key, where nobody has to be asked for it any more."""
+        ...
+
     def get(self) -> Awaitable[bytes | None]:
         """The key, or None where it is not to be had now."""
         ...
@@ -162,10 +167,12 @@ class Mounter:
         if shaped:
             await self._renderer.check(shaped, spec.pod.namespace)
         reads, distinct = plan(spec.objects)
-        # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
-        key, fetched = await asyncio.gather(
-            self._version_key.get(), self._sessions.fetch(spec, distinct, login, deadline)
-        )
+        key, fetching = self._version_key.known, self._sessions.fetch(spec, distinct, login, deadline)
+        if key is not None:
+            fetched = await fetching
+        else:
+            # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
+            key, fetched = await asyncio.gather(self._version_key.get(), fetching)
         made, secrets, failures = await self._made(spec, reads, fetched.answers)
         if failures:
             # In the class's order: the first one's code is the mount's (docs/contract.md section 1).

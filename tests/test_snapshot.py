@@ -623,7 +623,7 @@ async def test_key_that_comes_late_while_a_mount_waits() -> None:
         class Late(Key):
             async def get(self) -> bytes | None:
                 await late.wait()
-                return self.value
+                return self.known
 
         node = stage.node(kept=True, key=Late())
         mount = asyncio.create_task(node.mount(pod, *credential()))
@@ -643,7 +643,7 @@ async def test_key_that_comes_late_is_used_then() -> None:
         key = Key(None)
         node = stage.node(kept=True, key=key)
         second = await node.mount(pod, *credential())
-        key.value = KEY
+        key.known = KEY
         await asyncio.sleep(HOUR)
         assert await node.mount(pod, *credential()) == second
         await stage.killed(node)

@@ -34,7 +34,8 @@ class HmacKey:
         self._secret_name = settings.hmac_secret_name
         self._kubernetes = kubernetes
         self._clock = clock
-        self._key: bytes | None = None
+        self.known: bytes | None = None
+        """The key, once it is known."""
         self._fetch: asyncio.Task[None] | None = None
         self._asked_at: float | None = None
 
@@ -46,13 +47,13 @@ class HmacKey:
         MAX_WAIT_SECONDS, counted from that task's start.
         """
         now = self._clock.now()
-        if self._key is None and (self._asked_at is None or now - self._asked_at >= RETRY_SECONDS):
+        if self.known is None and (self._asked_at is None or now - self._asked_at >= RETRY_SECONDS):
             self._asked_at = now
             self._fetch = asyncio.create_task(self._ask(), name="hmac-key")
-        if self._key is None and self._fetch is not None and self._asked_at is not None:
+        if self.known is None and self._fetch is not None and self._asked_at is not None:
             left = self._asked_at + MAX_WAIT_SECONDS - now
             await asyncio.wait({self._fetch}, timeout=max(left, 0.0))
-        return self._key
+        return self.known
 
     async def close(self) -> None:
         """Stop asking."""
@@ -63,9 +64,9 @@ class HmacKey:
     async def _ask(self) -> None:
         try:
             if self._file:
-                self._key = await asyncio.to_thread(_read, Path(self._file))
+                self.known = await asyncio.to_thread(_read, Path(self._file))
             else:
-                self._key = await self._kubernetes.read_or_create_hmac_key(self._secret_name)
+                self.known = await self._kubernetes.read_or_create_hmac_key(self._secret_name)
         except (KubernetesUnavailable, _Unusable) as error:
             _log.warning("object versions stay empty, trying again in %.0f s: %s", RETRY_SECONDS, error)
 

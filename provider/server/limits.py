@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Final
 
 from provider.clock import Clock
@@ -32,13 +32,19 @@ class PodFloods(ProviderError):
     code = Code.FAILED_PRECONDITION
 
 
-class Spending(enum.Enum):
-    """What is counted, and in which words a refusal tells of it."""
+class Spending(enum.IntEnum):
+    """What is counted."""
 
-    MOUNTS = "mounts"
-    OBJECTS = "objects"
-    BYTES = "MiB of files"
-    PARSING = "seconds of reading its classes"
+    MOUNTS = 0
+    OBJECTS = 1
+    BYTES = 2
+    PARSING = 3
+
+
+# In which words a refusal tells of it.
+_WORDS: Final = ("mounts", "objects", "MiB of files", "seconds of reading its classes")
+# What was spent within this many seconds has not come back yet: a mount asks several times.
+_STEP_SECONDS: Final = 0.05
 
 
 class PodLimits:
@@ -51,14 +57,14 @@ class PodLimits:
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self._clock = clock
-        self._limits: Mapping[Spending, float] = {
-            Spending.MOUNTS: settings.max_pod_mounts,
-            Spending.OBJECTS: settings.max_pod_objects,
-            Spending.BYTES: settings.max_pod_mib * MIB,
-            Spending.PARSING: MAX_PARSING_SECONDS,
-        }
+        self._limits: tuple[float, ...] = (
+            settings.max_pod_mounts,
+            settings.max_pod_objects,
+            settings.max_pod_mib * MIB,
+            MAX_PARSING_SECONDS,
+        )
         # What is spent and has not come back, and since when; the pod that was seen last is at the end.
-        self._spent: OrderedDict[str, tuple[float, dict[Spending, float]]] = OrderedDict()
+        self._spent: OrderedDict[str, tuple[float, list[float]]] = OrderedDict()
 
     def begin(self, pod: str) -> None:
         """Count a mount of the pod of this UID. Raises PodFloods where it has spent all of anything."""
@@ -66,14 +72,16 @@ class PodLimits:
         for spending in Spending:
             self._refuse_over(spending, spent)
         if self._limits[Spending.MOUNTS]:
-            spent[Spending.MOUNTS] = spent.get(Spending.MOUNTS, 0.0) + 1
+            spent[Spending.MOUNTS] += 1
 
     def check(self, pod: str, spending: Spending) -> None:
         """Raise PodFloods where the pod has nothing left of this."""
         self._refuse_over(spending, self._of(pod))
 
-    def _refuse_over(self, spending: Spending, all_spent: Mapping[Spending, float]) -> None:
-        limit, spent = self._limits[spending], all_spent.get(spending, 0.0)
+    def _refuse_over(self, spending: Spending, all_spent: Sequence[float]) -> None:
+        limit, spent = self._limits[spending], all_spent[spending]
+        if not spent:
+            return
         at_once = AT_ONCE * limit
         # Of mounts a whole one has to be left, since each costs one; the smallest limit still allows one at a time.
         if (spent > max(0.0, at_once - 1)) if spending is Spending.MOUNTS else (limit and spent >= at_once):
@@ -82,17 +90,18 @@ class PodLimits:
     def spend(self, pod: str, spending: Spending, amount: float) -> None:
         """Take ``amount`` from what the pod has left, whether or not it has so much."""
         if self._limits[spending]:
-            spent = self._of(pod)
-            spent[spending] = spent.get(spending, 0.0) + amount
+            self._of(pod)[spending] += amount
 
-    def _of(self, pod: str) -> dict[Spending, float]:
+    def _of(self, pod: str) -> list[float]:
         """What the pod has spent and not got back until now."""
         now = self._clock.now()
-        at, spent = self._spent.pop(pod, (now, {}))
+        at, spent = self._spent.get(pod, (now, [0.0] * len(Spending)))
+        if pod in self._spent and now < at + _STEP_SECONDS:
+            return spent
         back = (now - at) / PERIOD
-        left = {what: amount - self._limits[what] * back for what, amount in spent.items()}
-        spent = {what: amount for what, amount in left.items() if amount > 0}
+        spent = [max(0.0, amount - limit * back) for amount, limit in zip(spent, self._limits, strict=True)]
         self._spent[pod] = now, spent
+        self._spent.move_to_end(pod)
         self._forget(now)
         return spent
 
@@ -101,7 +110,7 @@ class PodLimits:
         while self._spent:
             pod, (at, spent) = next(iter(self._spent.items()))
             back = (now - at) / PERIOD
-            owes = any(amount > self._limits[what] * back for what, amount in spent.items())
+            owes = any(amount > limit * back for amount, limit in zip(spent, self._limits, strict=True))
             if len(self._spent) <= MAX_PODS and (owes or now == at):
                 return
             del self._spent[pod]
@@ -111,7 +120,7 @@ def _refusal(spending: Spending, limit: float) -> PodFloods:
     shown = limit / MIB if spending is Spending.BYTES else limit
     flag = {Spending.MOUNTS: "mounts", Spending.OBJECTS: "objects", Spending.BYTES: "mib"}.get(spending)
     return PodFloods(
-        f"this pod has asked for more than its share, which is {shown:g} {spending.value} in a minute",
+        f"this pod has asked for more than its share, which is {shown:g} {_WORDS[spending]} in a minute",
         "mount less, or look why its volumes are mounted again and again"
         + (f"; the daemon's --max-pod-{flag}={2 * shown:g} would allow twice as much" if flag else ""),
     )

@@ -100,13 +100,13 @@ class _Tokens:
 
 
 class Key:
-    """Where the HMAC key comes from; ``value`` None while it is not to be had."""
+    """Where the HMAC key comes from; ``known`` None while it is not to be had."""
 
-    def __init__(self, value: bytes | None = KEY) -> None:
-        self.value = value
+    def __init__(self, known: bytes | None = KEY) -> None:
+        self.known = known
 
     async def get(self) -> bytes | None:
-        return self.value
+        return self.known
 
 
 Files = dict[str, str]
