@@ -81,6 +81,21 @@ def test_event_is_one_line_of_json_with_its_details() -> None:
     }
 
 
+def test_time_is_when_the_event_happened() -> None:
+    """Each event has its own time, be it of the same second as the one before, of a later or of an earlier one."""
+    noon = 1767268800
+    with log() as told:
+        for milliseconds in (7, 999, 60_000, 0):
+            when = {"created": noon + milliseconds / 1000, "msecs": float(milliseconds % 1000)}
+            LOGGER.handle(logging.makeLogRecord({"msg": "event", "levelno": logging.INFO, **when}))
+    assert [event["time"] for event in told.events] == [
+        "2026-01-01T12:00:00.007Z",
+        "2026-01-01T12:00:00.999Z",
+        "2026-01-01T12:01:00.000Z",
+        "2026-01-01T12:00:00.000Z",
+    ]
+
+
 @pytest.mark.parametrize(
     ("level", "severity"),
     [
@@ -287,7 +302,8 @@ def test_hooks_and_handlers_come_back() -> None:
     def state() -> tuple[object, ...]:
         root = logging.getLogger()
         hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
-        return (*root.handlers, root.level, logging.getLogger("provider").level, *hooks)
+        asked = [vars(logging)[name] for name in ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile")]
+        return (*root.handlers, root.level, logging.getLogger("provider").level, *hooks, *asked)
 
     before = state()
     with log():
