@@ -296,13 +296,17 @@ def test_event_loops_complaints_are_events() -> None:
     assert CANARY not in told.text
 
 
-def test_hooks_and_handlers_come_back() -> None:
+def test_hooks_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the log is closed, logging and the interpreter's hooks are as they were before."""
+    switches = ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile")
+    for name in switches:
+        # Whatever a log before this one left.
+        monkeypatch.setattr(logging, name, logging.__file__)
 
     def state() -> tuple[object, ...]:
         root = logging.getLogger()
         hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning)
-        asked = [vars(logging)[name] for name in ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile")]
+        asked = [vars(logging)[name] for name in switches]
         return (*root.handlers, root.level, logging.getLogger("provider").level, *hooks, *asked)
 
     before = state()
