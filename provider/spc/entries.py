@@ -29,6 +29,12 @@ class Entries:
         self.where = where
         self.findings = findings
         self._node = node
+        # Of the dozen and a half fields that an object may have, most do not say anything: told once, for all.
+        self._said = {
+            field: value
+            for field, value in node.entries.items()
+            if not isinstance(value, Scalar) or (value.text and not value.null)
+        }
         self._told: set[str] = set()
         for field, line in node.duplicates:
             self.fault(one_line(field, 80), f"is given twice, again in line {line}", "remove one")
@@ -40,15 +46,12 @@ class Entries:
 
     def has(self, field: str) -> bool:
         """Whether the field says anything: it is there, and neither null nor empty."""
-        node = self._node.entries.get(field)
-        return node is not None and not (isinstance(node, Scalar) and (node.value is None or not node.text))
+        return field in self._said
 
     def scalar(self, field: str) -> Scalar | None:
-        """The field's scalar; None if it is absent, null, or no scalar, which is noted."""
-        node = self._node.entries.get(field)
-        if node is None or (isinstance(node, Scalar) and node.value is None):
-            return None
-        if isinstance(node, Scalar):
+        """The field's scalar; None if it does not say anything, or is no scalar, which is noted."""
+        node = self._said.get(field)
+        if node is None or isinstance(node, Scalar):
             return node
         # A field that decides on the shape is looked at more than once.
         if field not in self._told:
@@ -58,23 +61,32 @@ class Entries:
 
     def text(self, field: str) -> str:
         """The field as it is written, whatever YAML would read it as; "" where it is unset."""
-        scalar = self.scalar(field)
+        scalar = self.scalar(field) if field in self._said else None
         return scalar.text if scalar else ""
 
     def optional(self, field: str, read: Callable[[str], _T], default: _T) -> _T:
         """What ``read`` makes of the field's text; ``default`` where it is unset, or Refused, which is noted."""
-        text = self.text(field)
-        return self.findings.attempt(f"{self.where} {field} {show(text)}", read, text, default) if text else default
+        scalar = self.scalar(field) if field in self._said else None
+        if scalar is None:
+            return default
+        try:
+            return read(scalar.text)
+        except Refused as refused:
+            self.fault(f"{field} {show(scalar.text)}", refused.problem, refused.remedy)
+            return default
 
     def required(self, field: str, read: Callable[[str], _T], remedy: str) -> _T | None:
         """What ``read`` makes of the field's text; None where it is missing or Refused, which is noted."""
-        text = self.text(field)
-        if not text:
+        scalar = self.scalar(field)
+        if scalar is None:
             self.fault(field, "is missing", remedy)
             return None
-        # A path's query is not shown: a secret may be a request's argument.
-        where = f"{self.where} {field} {show(text.partition('?')[0])}"
-        return self.findings.attempt(where, read, text, None)
+        try:
+            return read(scalar.text)
+        except Refused as refused:
+            # A path's query is not shown: a secret may be a request's argument.
+            self.fault(f"{field} {show(scalar.text.partition('?')[0])}", refused.problem, refused.remedy)
+            return None
 
     def boolean(self, field: str) -> bool:
         """The boolean; False where the field is unset."""
@@ -82,21 +94,19 @@ class Entries:
 
     def texts(self, field: str) -> tuple[str, ...]:
         """The texts of a list; none where the field is unset, or is no list of texts, which is noted."""
-        if not self.has(field):
+        node = self._said.get(field)
+        if node is None:
             return ()
-        node = self._node.entries[field]
         items = node.items if isinstance(node, List) else ()
-        texts = tuple(item.text for item in items if isinstance(item, Scalar) and item.value is not None)
+        texts = tuple(item.text for item in items if isinstance(item, Scalar) and not item.null)
         if not isinstance(node, List) or len(texts) < len(items):
             self.fault(field, "is not a list of texts", f"write {field}: and below it a dash before each")
         return texts
 
     def map(self, field: str) -> Mapping | None:
         """The map; None where the field is unset, or is no map, which is noted."""
-        if not self.has(field):
-            return None
-        node = self._node.entries[field]
-        if isinstance(node, Mapping):
+        node = self._said.get(field)
+        if node is None or isinstance(node, Mapping):
             return node
         self.fault(field, "is not a map", f"write {field}: and its fields below it, indented")
         return None
@@ -113,7 +123,7 @@ class Entries:
 
     def _body(self) -> Sensitive[str] | None:
         node = self._node.entries.get("secretArgs")
-        if node is None or (isinstance(node, Scalar) and node.value is None):
+        if node is None or (isinstance(node, Scalar) and node.null):
             return None
         try:
             return Sensitive(yaml_text.to_json(node))

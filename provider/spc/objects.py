@@ -73,7 +73,7 @@ def parse_objects(text: str, defaults: Defaults, findings: Findings) -> tuple[Ob
 
 
 def _items(node: Node | None) -> tuple[Node, ...]:
-    if node is None or (isinstance(node, Scalar) and node.value is None):
+    if node is None or (isinstance(node, Scalar) and node.null):
         raise Refused("names no object", _EXAMPLE)
     if not isinstance(node, Sequence):
         raise Refused("is not a YAML list", "begin each object with a dash, as in - objectName: password")
@@ -91,7 +91,7 @@ def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> O
         findings.fault(where, "is not a map of fields", _EXAMPLE)
         return None
     name = node.entries.get("objectName")
-    if isinstance(name, Scalar) and name.text and name.value is not None:
+    if isinstance(name, Scalar) and name.text and not name.null:
         where = f"{where} ({one_line(name.text, 80)})"
     given = Entries(where, node, findings, FIELDS)
     legal = paths.directory_name if given.text("secretKey") == EVERY_KEY else paths.object_name
@@ -112,7 +112,7 @@ def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> O
 def _mode(given: Entries, defaults: Defaults) -> int:
     """The mode; 0, which means the default, where it is unset too."""
     scalar = given.scalar("filePermission")
-    if scalar is None or not scalar.text:
+    if scalar is None:
         return 0
     where = f"{given.where} filePermission"
     read = _mode_of_number if scalar.typed else _mode_of_digits

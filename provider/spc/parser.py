@@ -1,11 +1,13 @@
-"""The whole of a MountRequest -> one MountSpec, with the parsed objects of recent classes at hand."""
+"""The whole of a MountRequest -> one MountSpec, with recent requests and the objects of recent classes at hand."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
-from typing import Final, TypeAlias
+from dataclasses import replace
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from provider.errors import InvalidClass
 from provider.settings import Settings
@@ -15,6 +17,9 @@ from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import AllKeys, MountSpec, ObjectSpec, Pkcs12, SingleValue, Source, Template
 from provider.spc.objects import Defaults, note_world_writable, parse_objects
 
+# Requests whose mounts are kept: twice the pods that a node has at most, and characters in them all together.
+_MAX_MOUNTS: Final = 512
+_MAX_MOUNTS_SIZE: Final = 4 * 1024 * 1024
 # Classes whose objects are kept parsed: more than a node has, and each a few KiB.
 _MAX_CACHED: Final = 256
 # Characters in them all together, roughly bytes.
@@ -31,8 +36,35 @@ _OBJECT_SIZE: Final = 512
 _MAX_RECALLED: Final = 64 * 1024
 _MOST_RECALLED: Final = 30
 
-_Key: TypeAlias = tuple[bytes, Defaults]
-_Objects: TypeAlias = tuple[tuple[ObjectSpec, ...], Findings]
+_T = TypeVar("_T")
+
+
+class _Class(NamedTuple):
+    """What a class's objects came to: with a fault there are none."""
+
+    objects: tuple[ObjectSpec, ...]
+    findings: Findings
+
+
+class _Request(NamedTuple):
+    """The four strings of a MountRequest."""
+
+    attributes: str
+    secrets: str
+    target_path: str
+    permission: str
+
+    @property
+    def short(self) -> bool:
+        """Whether it may be read on the event loop."""
+        return len(self.attributes) + len(self.secrets) <= _MAX_RECALLED
+
+
+class _Mount(NamedTuple):
+    """What a request came to: ``spec`` without its objects, which are those of the class, and without its tokens."""
+
+    spec: MountSpec
+    class_key: bytes
 
 
 class _NotAtHand(Exception):
@@ -42,96 +74,108 @@ class _NotAtHand(Exception):
 class Parser:
     """Reads MountRequests under one daemon's settings. Safe to use from several threads.
 
-    Kubelet mounts each volume again every minute or so, and a node's pods share classes, so what came of recent
-    classes is kept, by a digest: the text itself may hold a secret, and is not.
+    Kubelet mounts each volume again every minute or so, with the very same request until the pod's token is renewed,
+    and a node's pods share classes. So what came of recent requests is kept, and what came of recent classes, by a
+    digest: the text itself may hold a secret, and is not. No token is kept, each mount has those of its own request.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._allowed = AllowedAddresses(settings)
-        self._good = _Kept(_MAX_CACHED, _MAX_CACHED_SIZE)
-        self._faulty = _Kept(_MAX_FAULTY, _MAX_FAULTY_SIZE)
+        self._mounts: _Kept[_Mount] = _Kept(_MAX_MOUNTS, _MAX_MOUNTS_SIZE)
+        self._good: _Kept[_Class] = _Kept(_MAX_CACHED, _MAX_CACHED_SIZE)
+        self._faulty: _Kept[_Class] = _Kept(_MAX_FAULTY, _MAX_FAULTY_SIZE)
 
     def parse(self, attributes: str, secrets: str, target_path: str, permission: str) -> MountSpec:
         """The mount that the four strings of a MountRequest ask for (docs/contract.md section 1).
 
         Raises InvalidClass, and nothing else, with every fault that was found.
         """
-        return self._parse(attributes, secrets, target_path, permission, at_hand=False)
+        return self._parse(_Request(attributes, secrets, target_path, permission), at_hand=False)
 
     def recall(self, attributes: str, secrets: str, target_path: str, permission: str) -> MountSpec | None:
         """The same of a short request whose class was parsed before, in a fraction of a millisecond; else None."""
-        if len(attributes) + len(secrets) > _MAX_RECALLED:
+        request = _Request(attributes, secrets, target_path, permission)
+        if not request.short:
             return None
+        mount = self._mounts.get(_digest(*request))
+        known = self._good.get(mount.class_key) if mount else None
+        if mount and known:
+            # The very text was read before: it is JSON, and its tokens are.
+            tokens = parameters.pod_tokens(json.loads(attributes), secrets, Findings())
+            return replace(mount.spec, objects=known.objects, tokens=tokens)
         try:
-            return self._parse(attributes, secrets, target_path, permission, at_hand=True)
+            return self._parse(request, at_hand=True)
         except _NotAtHand:
             return None
 
-    def _parse(self, attributes: str, secrets: str, target_path: str, permission: str, *, at_hand: bool) -> MountSpec:
+    def _parse(self, request: _Request, *, at_hand: bool) -> MountSpec:
         settings = self._settings
         findings = Findings(strict=settings.unknown_fields_are_faults)
         try:
-            given = parameters.string_map(attributes)
+            given = parameters.string_map(request.attributes)
         except Refused as refused:
             given = None
             findings.fault("attributes", refused.problem, refused.remedy)
-        mode = findings.attempt(f"permission {show(permission)}", parameters.permission, permission, 0)
-        note_world_writable(f"permission {show(permission)}", mode, findings, allowed=not settings.hardened)
-        if not target_path:
+        where = f"permission {show(request.permission)}"
+        mode = findings.attempt(where, parameters.permission, request.permission, 0)
+        note_world_writable(where, mode, findings, allowed=not settings.hardened)
+        if not request.target_path:
             findings.fault("target_path", "is missing", "the driver sends it: look at the driver's version")
         if given is None:
             raise InvalidClass(findings.faults)
-        if at_hand and len(given) > _MOST_RECALLED:
+        text = given.get("objects", "")
+        # All that the objects come to depends on, besides the settings.
+        class_key = _digest(request.permission, given.get("refreshAfter", ""), text)
+        known = self._good.get(class_key) or self._faulty.get(class_key)
+        quick = request.short and len(given) <= _MOST_RECALLED
+        if at_hand and not (quick and known):
             raise _NotAtHand
         read = parameters.Parameters(given, findings)
         pod, server, login = read.pod(), read.server(settings, self._allowed), read.login(settings)
-        tokens = read.tokens(secrets)
+        tokens = parameters.pod_tokens(given, request.secrets, findings)
         defaults = Defaults(
             mode, settings.renew_percent, read.refresh_after(settings), settings.templates, not settings.hardened
         )
-        objects = self._objects(read.text("objects"), defaults, findings, at_hand=at_hand)
+        known = known or self._parse_class(class_key, text, defaults)
+        findings.include(known.findings)
         findings.check()
-        return MountSpec(
-            pod=pod,
-            class_name=read.text(parameters.CLASS_NAME),
-            target_path=target_path,
-            server=server,
-            login=login,
-            objects=objects,
-            tokens=tokens,
-            warnings=findings.warnings,
-        )
+        class_name = read.text(parameters.CLASS_NAME)
+        spec = MountSpec(pod, class_name, request.target_path, server, login, (), warnings=findings.warnings)
+        if quick:
+            self._mounts.keep(_digest(*request), _Mount(spec, class_key), sum(map(len, (*request, *spec.warnings))))
+        return replace(spec, objects=known.objects, tokens=tokens)
 
-    def _objects(self, text: str, defaults: Defaults, findings: Findings, *, at_hand: bool) -> tuple[ObjectSpec, ...]:
-        key = (hashlib.sha256(text.encode()).digest(), defaults)
-        found = self._good.get(key) or self._faulty.get(key)
-        if found is None and at_hand:
-            raise _NotAtHand
-        if found is None:
-            own = Findings(strict=self._settings.unknown_fields_are_faults)
-            found = parse_objects(text, defaults, own), own
-            told = sum(map(len, own.warnings + own.faults))
-            if own.faults:
-                found = (), own
-                self._faulty.keep(key, found, told)
-            else:
-                self._good.keep(key, found, told + sum(map(_size, found[0])))
-        objects, own = found
-        findings.include(own)
-        return objects
+    def _parse_class(self, key: bytes, text: str, defaults: Defaults) -> _Class:
+        findings = Findings(strict=self._settings.unknown_fields_are_faults)
+        objects = parse_objects(text, defaults, findings)
+        told = sum(map(len, findings.warnings + findings.faults))
+        if findings.faults:
+            parsed = _Class((), findings)
+            self._faulty.keep(key, parsed, told)
+        else:
+            parsed = _Class(objects, findings)
+            self._good.keep(key, parsed, told + sum(map(_size, objects)))
+        return parsed
 
 
-class _Kept:
-    """What came of the classes that were asked for last: at most ``most`` of them, and ``most_size`` characters."""
+def _digest(*texts: str) -> bytes:
+    """What stands for these texts, in this order, and for no others."""
+    lengths = ",".join(str(len(text)) for text in texts)
+    # Of a lone surrogate, which is refused further on, there is no UTF-8.
+    return hashlib.sha256(f"{lengths}:{''.join(texts)}".encode("utf-8", "surrogatepass")).digest()
+
+
+class _Kept(Generic[_T]):
+    """What was asked for last, by its digest: at most ``most`` of it, and ``most_size`` characters."""
 
     def __init__(self, most: int, most_size: int) -> None:
         self._most, self._most_size = most, most_size
-        self._entries: OrderedDict[_Key, tuple[_Objects, int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[_T, int]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
-    def get(self, key: _Key) -> _Objects | None:
+    def get(self, key: bytes) -> _T | None:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -139,7 +183,7 @@ class _Kept:
             self._entries.move_to_end(key)
             return entry[0]
 
-    def keep(self, key: _Key, parsed: _Objects, size: int) -> None:
+    def keep(self, key: bytes, parsed: _T, size: int) -> None:
         with self._lock:
             # Another thread may have been as fast.
             _, before = self._entries.pop(key, (None, 0))

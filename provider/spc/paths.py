@@ -28,9 +28,10 @@ def object_name(name: str) -> str:
         raise Refused("has an element .. or begins with ..", "write a path inside the volume")
     if "" in elements or "." in elements:
         raise Refused("is not a clean path", "write it without //, /./ and without a slash at its end")
-    if len(name.encode()) > MAX_PATH_BYTES:
+    size = len(name.encode())
+    if size > MAX_PATH_BYTES:
         raise Refused(f"is longer than {MAX_PATH_BYTES} bytes", "shorten it")
-    if any(len(element.encode()) > MAX_PATH_ELEMENT_BYTES for element in elements):
+    if size > MAX_PATH_ELEMENT_BYTES and any(len(element.encode()) > MAX_PATH_ELEMENT_BYTES for element in elements):
         raise Refused(f"has an element longer than {MAX_PATH_ELEMENT_BYTES} bytes", "shorten it")
     return name
 
@@ -70,7 +71,7 @@ def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     refuse_dots(path)
     if query.count("&") >= _MAX_QUERY_FIELDS:
         raise Refused(f"has more than {_MAX_QUERY_FIELDS} query fields", "remove some")
-    return path, tuple(parse_qsl(query, keep_blank_values=True))
+    return path, tuple(parse_qsl(query, keep_blank_values=True)) if query else ()
 
 
 def auth_mount(text: str) -> str:
@@ -86,12 +87,14 @@ def auth_mount(text: str) -> str:
 
 def refuse_dots(path: str) -> None:
     """Raise Refused if an element of ``path`` is ``.`` or ``..``, as it stands or percent-decoded."""
+    if "." not in path and "%" not in path:
+        return
     if not {".", ".."}.isdisjoint([*path.split("/"), *_decoded(path).split("/")]):
         raise Refused("has an element . or ..", "write the path that is meant, without dots")
 
 
 def _fold(path: str) -> str:
-    return re.sub(r"/{2,}", "/", path)
+    return re.sub(r"/{2,}", "/", path) if "//" in path else path
 
 
 def _decoded(text: str) -> str:

@@ -299,9 +299,9 @@ def _set(top: _Open, entries: dict[str, Node], key: Scalar, node: Node) -> None:
 
 def _merged(own: dict[str, Node], done: _Open) -> Mapping:
     """The mapping with what ``<<`` brings in: own keys win, then earlier maps of the list over later ones."""
-    sources: tuple[Node, ...] = ()
-    if done.merge is not None:
-        sources = done.merge.items if isinstance(done.merge, Sequence) else (done.merge,)
+    if done.merge is None:
+        return Mapping(own, tuple(done.duplicates), done.line)
+    sources = done.merge.items if isinstance(done.merge, Sequence) else (done.merge,)
     entries = dict(own)
     duplicates = list(done.duplicates)
     for source in sources:
