@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import OrderedDict
@@ -40,6 +41,11 @@ _Failure: TypeAlias = tuple[ObjectSpec, SecretRequest, ProviderError]
 # not worth more of a sick Vault's time.
 MAX_EXPLAINED: Final = 3
 EXPLAIN_SECONDS: Final = 3.0
+# Classes whose reads are kept planned; as many as the parser keeps parsed.
+MAX_PLANS: Final = 256
+# Bytes of files that are kept for the next mount while it would be made of the same answers. These are in memory for it
+# anyway; larger volumes are made anew, so that memory does not hold a node's secrets twice.
+MAX_MADE_BYTES: Final = 64 * 1024
 # Warnings that are remembered as told; past it the oldest is told again when it comes up.
 MAX_WARNED: Final = 1000
 # The names of objects that failed alike, in characters; past it they are counted.
@@ -83,6 +89,18 @@ class MountResult:
     event: Mounted | None = field(default=None, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """What was made of secrets: all files, the version of each object, and a mark of each object's files."""
+
+    objects: tuple[ObjectSpec, ...]
+    key: bytes | None = field(repr=False)
+    secrets: Mapping[Read, VaultSecret] = field(repr=False)
+    files: tuple[RenderedFile, ...] = field(repr=False)
+    versions: tuple[tuple[str, str], ...]
+    marks: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class _Done:
     """A mount that succeeded: its result, what each object was read with, and a mark of each object's files."""
@@ -116,6 +134,8 @@ class Mounter:
         self._renderer = renderer
         self._timeout = timeout
         self._versions = Versions()
+        # A class is mounted again every minute, and by all pods of a deployment.
+        self._plan = functools.lru_cache(MAX_PLANS)(plan)
         self._warned: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     async def mount(self, spec: MountSpec) -> MountResult:
@@ -166,29 +186,44 @@ class Mounter:
         shaped = [wanted for wanted in spec.objects if not wanted.plain]
         if shaped:
             await self._renderer.check(shaped, spec.pod.namespace)
-        reads, distinct = plan(spec.objects)
+        reads, distinct = self._plan(spec.objects)
         key, fetching = self._version_key.known, self._sessions.fetch(spec, distinct, login, deadline)
         if key is not None:
             fetched = await fetching
         else:
             # The key is fetched beside the secrets, and waited for no longer than they take or its own few seconds.
             key, fetched = await asyncio.gather(self._version_key.get(), fetching)
-        made, secrets, failures = await self._made(spec, reads, fetched.answers)
+        made = fetched.made
+        if not isinstance(made, _Made) or made.key != key or made.objects != spec.objects:
+            made = await self._make(spec, reads, fetched.answers, key, deadline)
+        small = sum([len(file.contents) for file in made.files]) <= MAX_MADE_BYTES
+        self._sessions.settle(spec, made.secrets, made if small else None)
+        return _Done(made.files, made.versions, made.marks, reads, fetched)
+
+    async def _make(
+        self,
+        spec: MountSpec,
+        reads: Sequence[tuple[Read, ...]],
+        answers: Mapping[Read, VaultSecret | ProviderError],
+        key: bytes | None,
+        deadline: float,
+    ) -> _Made:
+        """Make of the answers what the class asks for. Raises ProviderError."""
+        made, secrets, failures = await self._rendered(spec, reads, answers)
         if failures:
             # In the class's order: the first one's code is the mount's (docs/contract.md section 1).
             order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
             failures.sort(key=lambda failure: order[failure[0].name])
             raise await self._failed(failures, spec, deadline)
-        if shaped:
+        if all(wanted.plain for wanted in spec.objects):
+            files, versions = _assembled(spec, made, self._versions, key)
+        else:
             # Their files may be thousands.
             files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, key)
-        else:
-            files, versions = _assembled(spec, made, self._versions, key)
-        self._sessions.settle(spec, secrets)
         marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
-        return _Done(files, versions, marks, reads, fetched)
+        return _Made(spec.objects, key, secrets, files, versions, marks)
 
-    async def _made(
+    async def _rendered(
         self, spec: MountSpec, reads: Sequence[tuple[Read, ...]], answers: Mapping[Read, VaultSecret | ProviderError]
     ) -> tuple[Mapping[str, Files], dict[Read, VaultSecret], list[_Failure]]:
         """The files of each object, the secrets they were made of, and what failed."""
@@ -265,7 +300,7 @@ class Mounter:
         return error.advice or "check secretPath, and secretKey"
 
 
-def plan(objects: Sequence[ObjectSpec]) -> tuple[list[tuple[Read, ...]], list[Read]]:
+def plan(objects: tuple[ObjectSpec, ...]) -> tuple[Sequence[tuple[Read, ...]], Sequence[Read]]:
     """The read of each source of each object, and all of them, each once (docs/contract.md section 2).
 
     Where objects differ in when a request is to be renewed or read again, the strictest holds for it; what is to be
@@ -281,7 +316,7 @@ def plan(objects: Sequence[ObjectSpec]) -> tuple[list[tuple[Read, ...]], list[Re
                 percent, after = min(before.renew_percent, percent), min(before.refresh_after, after)
             together[key] = Read(source.request, wanted.fresh, percent, after)
     reads = [tuple([together[source.request, wanted.fresh] for source in wanted.sources]) for wanted in objects]
-    return reads, list(together.values())
+    return tuple(reads), tuple(together.values())
 
 
 def _assembled(

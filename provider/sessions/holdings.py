@@ -13,7 +13,7 @@ from typing import Final
 from provider.clock import Clock
 from provider.errors import ProviderError
 from provider.sessions.lifetime import Lifetime, must_replace
-from provider.sessions.model import HeldToken, Kept, Read, Volume
+from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume
 from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import SecretRequest
@@ -103,16 +103,26 @@ class Holdings:
         if self.kept.pop(request, None) is not None:
             self.changed = True
 
-    def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
+    def made_of(self, volume: str, answers: Answers) -> object:
+        """What the last mount of ``volume`` made of these very answers; None where any of them is another."""
+        shown = self._volumes.get(volume)
+        if shown is None or shown.made is None:
+            return None
+        before, made = shown.made
+        same = len(before) == len(answers) and all(answers.get(read) is secret for read, secret in before.items())
+        return made if same else None
+
+    def settle(self, volume: str, answers: Mapping[Read, VaultSecret], made: object = None) -> bool:
         """A mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
 
-        Returns whether it was a re-mount.
+        ``made`` is what it made of them. Returns whether it was a re-mount.
         """
         now = self._clock.now()
         shown = self._volumes.setdefault(volume, Volume())
         again = shown.mounted_at is not None
         shown.mounted(now)
         remembered, shown.answers = shown.answers, {}
+        lasting = True
         for read, secret in answers.items():
             kept = self.kept.get(read.request)
             if kept is not None and not read.fresh:
@@ -120,6 +130,10 @@ class Holdings:
             elif read.refresh_after > 0 and not read.fresh:
                 before = remembered.get(read.request)
                 shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
+            else:
+                lasting = False
+        # What is read each time is another answer each time, and its files are held no longer than their mount.
+        shown.made = (answers, made) if lasting and made is not None else None
         self._drop(volume, keep={read.request for read in answers if not read.fresh})
         return again
 

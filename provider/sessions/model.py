@@ -83,13 +83,15 @@ class Fetched:
     """The answer, or the error, to each read of a mount.
 
     ``at_hand`` has those that needed no request to Vault, ``issued`` those that are certificates. ``accessor`` is that
-    of the pod's newest token, "" where there is none.
+    of the pod's newest token, "" where there is none. ``made`` is what the volume's last mount made of these very
+    answers, None where it is not known.
     """
 
     answers: Answers = field(repr=False)
     at_hand: Mapping[Read, Supply]
     issued: Set[Read]
     accessor: str
+    made: object = field(default=None, repr=False)
 
     def kind(self, read: Read) -> Kind:
         """What the answer to ``read`` is; it must be none of the errors."""
@@ -160,6 +162,8 @@ class Volume:
     mounted_at: float | None = None
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS))
     answers: dict[SecretRequest, tuple[VaultSecret, float]] = field(default_factory=dict, repr=False)
+    made: tuple[Mapping[Read, VaultSecret], object] | None = field(default=None, repr=False)
+    """The answers of the last mount and what it made of them, while all of them may be answered again from memory."""
 
     def interval(self, now: float) -> float:
         """The time between two re-mounts that it has shown, this one included; in seconds.

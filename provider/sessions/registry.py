@@ -114,12 +114,15 @@ class Sessions:
         session.class_name = spec.class_name
         return await session.fetch(spec.target_path, reads, log_in, deadline)
 
-    def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret]) -> None:
-        """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone."""
+    def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret], made: object = None) -> None:
+        """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone.
+
+        ``made`` is what was made of the answers. While the next mounts are given the very same ones, they have it too.
+        """
         identity = identity_of(spec)
         for other in self.of_pod(spec.pod.uid):
             if other.identity == identity:
-                self._seen_remount |= other.settle(spec.target_path, answers)
+                self._seen_remount |= other.settle(spec.target_path, answers, made)
                 self._hurry(other)
             else:
                 other.forget(spec.target_path)

@@ -119,11 +119,13 @@ class Session:
         if void:
             answers |= await self._all(void, mount, at_hand)
         issued = {read for read in reads if self._has.is_issued(read)} if self._has.kept else frozenset[Read]()
-        return Fetched(answers, at_hand, issued, self._has.newest.auth.accessor if self._has.newest else "")
+        made = self._has.made_of(volume, answers) if len(at_hand) == len(answers) else None
+        accessor = self._has.newest.auth.accessor if self._has.newest else ""
+        return Fetched(answers, at_hand, issued, accessor, made)
 
-    def settle(self, volume: str, answers: Mapping[Read, VaultSecret]) -> bool:
-        """The mount of ``volume`` succeeded with ``answers``; returns whether it was a re-mount."""
-        again = self._has.settle(volume, answers)
+    def settle(self, volume: str, answers: Mapping[Read, VaultSecret], made: object = None) -> bool:
+        """The mount of ``volume`` succeeded, and made this of ``answers``; returns whether it was a re-mount."""
+        again = self._has.settle(volume, answers, made)
         if not self._under_way:
             self._has.forget_tokens()
         return again
