@@ -10,7 +10,7 @@ import pytest
 
 from provider.errors import Code, InvalidClass
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
-from provider.spc import Login, Parser, Pod, VaultServer, mounting_class
+from provider.spc import Login, Parser, Pod, VaultServer, mounting_class, mounting_pod
 from tests.spc_classes import GIVEN, OBJECT, TOKENS, attributes, fault, faults, parse, parse_class
 
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3ZWIifQ.c2lnbmF0dXJl"
@@ -541,3 +541,22 @@ def test_the_class_is_found_without_reading_it() -> None:
     assert mounting_class(json.dumps(forged)) == "web-secrets"
     assert mounting_class('{"secretProviderClass": "web-secrets", "objects": ') == "web-secrets"
     assert mounting_class("{}") == mounting_class('{"secretProviderClass":"a b"}') == ""
+
+
+@pytest.mark.parametrize("spaces", [(",", ":"), (", ", ": "), (",\n\t", "\t:\r\n")])
+@pytest.mark.parametrize("driver_first", [True, False])
+def test_the_pod_of_a_mount_is_told_apart(spaces: tuple[str, str], driver_first: bool) -> None:
+    """However the JSON is spaced, its names are found wherever they stand, and no text passes for one."""
+    name = "csi.storage.k8s.io/pod.uid"
+    forged = {
+        "objects": f'"{name}":"forged", "{name}":"forged"',
+        f'x, "{name}': "forged",
+        f"x {name}": "forged",
+        "a": name,
+        "b": "x\\",
+    }
+    given = {**GIVEN, **forged} if driver_first else {**forged, **GIVEN}
+    pod = mounting_pod(json.dumps(given, separators=spaces))
+    assert pod == Pod("shop", "web-0", GIVEN[name], "web")
+    assert mounting_pod(json.dumps({**given, name: "a b"}, separators=spaces)) is None
+    assert mounting_pod(json.dumps({**forged, "roleName": "web"}, separators=spaces)) is None
