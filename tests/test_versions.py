@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from provider.redact import Sensitive
 from provider.spc.model import Encoding, ObjectSpec, SecretRequest
 from provider.versions import ABSENT, Versions, object_version, shaped_version
 from tests.spc_classes import parse_class, plain
+from tests.tools import ROOT
 
 KEY = bytes(range(32))
 REQUEST = SecretRequest("GET", "ecommerce/data/app", (("version", "2"),), Sensitive('{"ttl":"1h"}'))
@@ -29,7 +31,7 @@ def changed(**fields: Any) -> ObjectSpec:
 
 
 # Few letters, so that parts of neighbouring fields often are the same and only their borders differ.
-texts = st.text("ab\ud800\0", max_size=3)
+texts = st.text("ab',\\\ud800\0", max_size=3)
 requests = st.builds(
     SecretRequest,
     method=texts,
@@ -63,25 +65,17 @@ def test_the_version_is_an_hmac_under_the_key() -> None:
 
 def test_the_layout_is_the_documented_one() -> None:
     """The bytes under the HMAC are those of docs/decisions/object-versions.md; versions survive releases."""
-
-    def sized(part: bytes) -> bytes:
-        return len(part).to_bytes(8, "big") + part
-
+    page = (ROOT / "docs" / "decisions" / "object-versions.md").read_text()
+    (documented,) = re.findall(r"^    (\('vault-csi-provider object version 1'.*\))$", page, re.MULTILINE)
+    spec = plain("db/password", SecretRequest("GET", "secret/data/app"), "password", 0o640)
+    message = documented.encode() + b"content"
+    assert object_version(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
     message = (
-        sized(b"vault-csi-provider object version 1")
-        + sized(b"db/password")
-        + sized(b"GET")
-        + sized(b"ecommerce/data/app")
-        + sized(sized(b"version") + sized(b"2"))
-        + b"\x01"
-        + sized(b'{"ttl":"1h"}')
-        + b"\x01"
-        + sized(b"password")
-        + sized(b"416")
-        + sized(b"utf-8")
-        + b"content"
+        rb"""('vault-csi-provider object version 1', 'db/"pass\'word', """
+        rb"""('GET', 'ecommerce/data/app', (('version', '2'),), '{"ttl":"1h"}'), 'p\xe4ssword', 416, 'utf-8')content"""
     )
-    assert object_version(KEY, SPEC, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
+    spec = changed(name="db/\"pass'word", key="pässword")
+    assert object_version(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
 
 
 @pytest.mark.parametrize(
