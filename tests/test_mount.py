@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -19,9 +20,9 @@ import pytest
 from provider.clock import SystemClock
 from provider.errors import MAX_MESSAGE_BYTES, Code, MountFailed, OutOfTime, ProviderError, encoded_size
 from provider.kube import HmacKey, Kubernetes
-from provider.mount import Mounter
+from provider.mount import MAX_MADE_BYTES, Mounter
 from provider.redact import Sensitive
-from provider.render import Renderer
+from provider.render import RenderedFile, Renderer
 from provider.sessions import Sessions
 from provider.settings import Settings, TlsSettings
 from provider.spc import Encoding, Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
@@ -73,6 +74,12 @@ class TurnedClock(SystemClock):
 
     def now(self) -> float:
         return super().now() + self.ahead
+
+
+def held() -> set[str]:
+    """The paths of the files that are in memory."""
+    gc.collect()
+    return {found.path for found in gc.get_objects() if isinstance(found, RenderedFile)}
 
 
 @dataclass
@@ -307,6 +314,77 @@ class TestFiles:
             result = await node.mounter.mount(wanting(shop, API_KEY))
         assert result.files[0].contents == shop.api_key.encode()
         assert result.versions == (("api-key", ""),)
+
+
+class TestMadeOnce:
+    """While a volume's answers are the very ones of its last mount, nothing is made of them again."""
+
+    async def test_nothing_is_made_twice_of_one_answer(self, node: Node, shop: EcommerceStand) -> None:
+        """A kept credential and what `refreshAfter` remembers: the re-mount has the files that were made before."""
+        remembered = replace(API_KEY, refresh_after=300.0)
+        spec = wanting(shop, USERNAME, PASSWORD, remembered)
+        first, again = await node.mounter.mount(spec), await node.mounter.mount(spec)
+        assert again.files is first.files
+        assert (again.versions, again.event and again.event.remembered) == (first.versions, 1)
+        # Later it is read again, and its files are made of that.
+        node.clock.ahead += 301
+        later = await node.mounter.mount(spec)
+        assert later.files is not first.files
+        assert later == first
+
+    async def test_a_changed_secret_is_seen(self, node: Node, shop: EcommerceStand, faulty: Faulty) -> None:
+        """Once its time in memory is over, a new value comes with a new version."""
+        faulty.on("kv/rotates", secret({"k": "old"}), secret({"k": "new"}))
+        spec = wanting(shop, replace(file("f", "kv/rotates", "k"), refresh_after=60.0), address=faulty.address)
+        first, again = await node.mounter.mount(spec), await node.mounter.mount(spec)
+        node.clock.ahead += 61
+        later = await node.mounter.mount(spec)
+        assert [result.files[0].contents for result in (first, again, later)] == [b"old", b"old", b"new"]
+        assert first.versions == again.versions != later.versions
+
+    async def test_a_changed_class_has_files_of_its_own(self, node: Node, shop: EcommerceStand) -> None:
+        """Another mode, another key of the same secret: made anew, of the same answer from memory."""
+        remembered = replace(API_KEY, refresh_after=300.0)
+        first = await node.mounter.mount(wanting(shop, remembered))
+        other = await node.mounter.mount(wanting(shop, replace(remembered, mode=0o400)))
+        assert other.event is not None
+        assert (other.event.remembered, other.files[0].mode, first.files[0].mode) == (1, 0o400, remembered.mode)
+
+    async def test_what_another_volume_replaced_is_made_anew(self, node: Node, shop: EcommerceStand) -> None:
+        """The pod's other volume brought a new credential: this one has its files, though it asks Vault nothing."""
+        one = wanting(shop, USERNAME)
+        other = replace(one, target_path=f"{one.target_path}-2")
+        first = await node.mount(one)
+        assert await node.mount(other) == first
+        node.clock.ahead += 48 * 3600  # its lease is over
+        brought, again = await node.mounter.mount(other), await node.mounter.mount(one)
+        assert again.files == brought.files
+        assert again.files[0].contents != first["db-username"]
+        assert again.event is not None
+        assert again.event.kept == 1
+
+    async def test_what_is_read_each_time_is_held_no_longer(self, node: Node, shop: EcommerceStand) -> None:
+        """The files of a volume with a static secret, and those of a large one, are gone with their mount."""
+        large = replace(file("large", "ecommerce/data/large", "value"), refresh_after=300.0)
+        shop.openbao.write_kv("ecommerce/data/large", {"value": "x" * (MAX_MADE_BYTES + 1)})
+        for spec in (wanting(shop, USERNAME, API_KEY), wanting(shop, large, role="broad")):
+            await node.mount(spec)
+            assert held() == set()
+        await node.mount(wanting(shop, USERNAME))
+        assert held() == {"db-username"}
+
+    async def test_key_that_comes_late_brings_versions(self, shop: EcommerceStand, tmp_path: Path) -> None:
+        """Made while there was no key for versions, and made again once there is."""
+        async with running(shop, tmp_path) as node:
+            (tmp_path / "hmac.key").write_bytes(b"short")
+            spec = wanting(shop, USERNAME)
+            first = await node.mounter.mount(spec)
+            (tmp_path / "hmac.key").write_bytes(b"k" * 32)
+            node.clock.ahead += 61
+            later = await node.mounter.mount(spec)
+        assert first.files == later.files
+        assert [version for _, version in first.versions] == [""]
+        assert all(version for _, version in later.versions)
 
 
 class TestTokens:

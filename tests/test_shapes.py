@@ -622,7 +622,8 @@ async def test_output_is_within_what_a_volume_holds() -> None:
 @pytest.mark.parametrize(
     ("template", "limit"),
     [
-        ("{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}{% endfor %}{% endfor %}", ["cpu"]),
+        # On a busy machine two seconds may be over before it had one of the processor.
+        ("{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}{% endfor %}{% endfor %}", ["cpu", "time"]),
         ("{% set x = 'a' * 10 ** 9 %}", ["memory"]),
         ("{% for i in range(9) %}{{ secret.a }}{% endfor %}", ["output"]),
         ("{{ secret.b }}", []),
@@ -630,7 +631,7 @@ async def test_output_is_within_what_a_volume_holds() -> None:
     ],
 )
 async def test_what_is_ended_by_force_is_told_by_its_limit(template: str, limit: list[str]) -> None:
-    """One event for each program that a bound ended, and none for one that failed or ended by itself."""
+    """One event for each program that a bound ended, by one of its names, and none for one that ended by itself."""
     told: list[Event] = []
     telemetry = Telemetry()
     telemetry.listen(told.append)
@@ -641,7 +642,8 @@ async def test_what_is_ended_by_force_is_told_by_its_limit(template: str, limit:
         await made.render("volume", [Answered(spec, [secret])], "shop", Contents(1))
     finally:
         await made.close()
-    assert told == [ProgramEnded(name) for name in limit]
+    assert len(told) == bool(limit)
+    assert all(event in [ProgramEnded(name) for name in limit] for event in told)
 
 
 def test_classes_without_these_fields_import_nothing_new() -> None:
