@@ -398,19 +398,24 @@ def _event(spec: MountSpec, done: _Done, seconds: float) -> Mounted:
 
 
 def _mounted(wanted: ObjectSpec, version: str, together: Sequence[Read], fetched: Fetched) -> MountedObject:
-    found = [read for read in together if isinstance(fetched.answers[read], VaultSecret)]
-    secrets = [answer for read in found if isinstance(answer := fetched.answers[read], VaultSecret)]
-    kinds = {fetched.kind(read) for read in found}
-    supplies = {fetched.at_hand.get(read, Supply.READ) for read in found}
+    secrets: list[VaultSecret] = []
+    kinds: list[Kind] = []
+    supplies: list[Supply] = []
+    for read in together:
+        answer = fetched.answers[read]
+        if isinstance(answer, VaultSecret):
+            secrets.append(answer)
+            kinds.append(fetched.kind(read))
+            supplies.append(fetched.at_hand.get(read, Supply.READ))
     return MountedObject(
         wanted.name,
-        tuple(read.request.path for read in together),
+        tuple([read.request.path for read in together]),
         version,
-        tuple(secret.request_id for secret in secrets),
-        tuple(secret.lease_id for secret in secrets if secret.leased),
+        tuple([secret.request_id for secret in secrets]),
+        tuple([secret.lease_id for secret in secrets if secret.leased]),
         # Of several sources, what makes the object change most, and what cost most.
-        next((kind for kind in (Kind.LEASED, Kind.ISSUED) if kind in kinds), Kind.STATIC),
-        next((supply for supply in (Supply.READ, Supply.KEPT) if supply in supplies), Supply.REMEMBERED),
+        Kind.LEASED if Kind.LEASED in kinds else Kind.ISSUED if Kind.ISSUED in kinds else Kind.STATIC,
+        Supply.READ if Supply.READ in supplies else Supply.KEPT if Supply.KEPT in supplies else Supply.REMEMBERED,
     )
 
 
