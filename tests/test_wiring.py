@@ -7,11 +7,14 @@ import contextlib
 import gc
 import json
 import signal
+import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,17 +34,26 @@ from tests.tools import ROOT
 
 
 class Collected:
-    """A mount whose file tells how the garbage collector is set."""
+    """A mount whose file tells how the garbage collector is set; what is preloaded takes until the first mount."""
+
+    def __init__(self) -> None:
+        self._mounted = threading.Event()
 
     async def mount(self, spec: MountSpec) -> MountResult:
-        told = json.dumps({"frozen": gc.get_freeze_count(), "threshold": gc.get_threshold()[0]}).encode()
-        return MountResult((RenderedFile("gc", 0o600, told),), (("gc", "1"),))
+        told = json.dumps({"enabled": gc.isenabled(), "frozen": gc.get_freeze_count(), "threshold": gc.get_threshold()})
+        self._mounted.set()
+        return MountResult((RenderedFile("gc", 0o600, told.encode()),), (("gc", "1"),))
+
+    def preload(self) -> None:
+        if not self._mounted.wait(60):
+            raise TimeoutError
 
 
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Parts]:
     await asyncio.sleep(0)
-    yield Parts(Parser(settings), Collected(), Telemetry())
+    collected = Collected()
+    yield Parts(Parser(settings), collected, Telemetry(), preload=collected.preload)
 
 
 @contextlib.contextmanager
@@ -93,17 +105,37 @@ def test_metrics_are_served_where_the_flag_says(
         assert status(own, "/health/live") == (404 if on_own else 0)
 
 
-def test_collector_is_let_be_once_mounts_are_served(tmp_path: Path) -> None:
-    """What the imports made is looked at no more, and the rest seldom: it cost a twentieth of a node's boot."""
+def test_collector_looks_at_nothing_at_the_start_and_seldom_once_mounts_are_served(tmp_path: Path) -> None:
+    """It is off until all is imported, looks at none of that later, and at the rest seldom; mounts do not wait for
+    what is imported once the daemon listens."""
     with (
         running(tmp_path, "tests.test_wiring", "--health-addr=", ready="mounts are served"),
         Driver(tmp_path / "vault.sock") as driver,
     ):
         pod = Pod("shop", "web", "uid", "web", "node-1", "Running")
-        mounted = driver.mount(pod, {"roleName": "r", "objects": "- {objectName: gc, secretPath: a/b}"})
-        told = json.loads(mounted.text("gc"))
+
+        def mounted() -> dict[str, Any]:
+            given = driver.mount(pod, {"roleName": "r", "objects": "- {objectName: gc, secretPath: a/b}"}).text("gc")
+            told: dict[str, Any] = json.loads(given)
+            return told
+
+        assert not mounted()["enabled"]
+        eventually(lambda: mounted()["enabled"], "the collector is on")
+        told = mounted()
     assert told["frozen"] > 10_000
-    assert told["threshold"] > gc.get_threshold()[0]
+    assert told["threshold"][0] > gc.get_threshold()[0]
+
+
+def test_daemon_listens_before_it_imports_what_only_mounts_need() -> None:
+    """Neither hvac and requests, nor what templates, certificates and sealed files take, is imported for listening."""
+    code = (
+        "import sys, provider.cli.daemon, provider.cli.parts, provider.server, provider.telemetry.health as _\n"
+        "only = {'hvac', 'requests', 'urllib3', 'jinja2', 'jmespath', 'cryptography'}\n"
+        "print(*only & sys.modules.keys())\n"
+        "provider.vault.import_calls(); print(*{'hvac', 'requests'} - sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from provider.telemetry.lines import LineWriter
 from provider.telemetry.metrics import Metrics
 from provider.telemetry.status import Status
 from provider.telemetry.volumes import Volumes
-from provider.vault import VaultServers
+from provider.vault import VaultServers, import_calls
 
 # What fails in the background for a reason that nobody thought of is tried again, but not in a busy loop.
 RESTART_SECONDS: Final = 5.0
@@ -42,6 +42,9 @@ class Parts:
     # What is served beside the health pages, by path; the metrics have a place of their own.
     pages: Mapping[str, Page] = field(default_factory=dict)
     metrics: Page | None = None
+    # Imports what a mount needs and listening does not. Called in a thread once the daemon listens; a mount that comes
+    # earlier imports it by itself.
+    preload: Callable[[], None] = lambda: None
 
 
 @contextlib.asynccontextmanager
@@ -90,7 +93,14 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
         # After all who ask what a mount changed.
         volumes.listen(telemetry)
         status = Status(sessions.views, volumes, clock, node=settings.node_name)
-        yield Parts(Parser(settings), mounts, telemetry, status.pages, metrics.page if metrics is not None else None)
+        yield Parts(
+            Parser(settings),
+            mounts,
+            telemetry,
+            status.pages,
+            metrics.page if metrics is not None else None,
+            preload=import_calls,
+        )
 
 
 def _audit(

@@ -11,6 +11,7 @@ from provider.vault.client import (
     Vault,
     VaultSecret,
     VaultServers,
+    import_calls,
 )
 from provider.vault.failures import VaultUnreachable
 
@@ -23,4 +24,5 @@ __all__ = [
     "VaultSecret",
     "VaultServers",
     "VaultUnreachable",
+    "import_calls",
 ]

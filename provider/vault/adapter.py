@@ -1,8 +1,9 @@
 """hvac's seam for another HTTP client: hvac's thin calls over our transport, with retries.
 
-hvac knows Vault's endpoints; ``hvac.adapters.Adapter`` is its documented place for another client. With a ``request``
-that is a coroutine, its thin calls return awaitables. Calls that look into an answer do not work so; the ones that
-are used are in ``client.py``, and each has a test.
+hvac knows Vault's endpoints; ``hvac.adapters.Adapter`` is its documented place for another client. With methods that
+are coroutines, its thin calls return awaitables. Calls that look into an answer do not work so; the ones that are used
+are in ``calls.py``, and each has a test. They ask for no more than the methods that are here, so ``Adapter`` itself is
+not inherited from: it brings requests, see ``calls.py``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import random
 from collections.abc import Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeAlias
-
-from hvac.adapters import Adapter
 
 from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
@@ -57,7 +56,7 @@ class Refusal(Exception):
         self.data = data
 
 
-class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
+class VaultAdapter:
     """One caller's view of a transport: its token, its deadline, and whether a lost answer may be asked for again.
 
     ``redirect`` finds where a redirect leads.
@@ -82,7 +81,6 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         of_mount: int | None = None,
         redirect: Redirect,
     ) -> None:
-        # Adapter's own constructor would open a requests.Session, for which there is no use here.
         self._transport = transport
         self._token = token
         self._deadline = deadline
@@ -93,13 +91,21 @@ class VaultAdapter(Adapter):  # type: ignore[misc]  # hvac has no types
         self._redirect = redirect
         self._of_mount = hash((of_mount, deadline)) if of_mount is not None else None
 
-    def get_login_token(self, response: Any) -> str:
-        """Never asked for: each login here says ``use_token=False``."""
-        raise NotImplementedError
-
     async def login(self, url: str, use_token: bool = True, **kwargs: Any) -> Any:
         """POST to a login endpoint; the token goes back to the caller and is not kept here."""
-        return await self.post(url, **kwargs)
+        return await self.request("POST", url, **kwargs)
+
+    async def get(self, url: str, **kwargs: Any) -> Any:
+        """See ``request``."""
+        return await self.request("GET", url, **kwargs)
+
+    async def post(self, url: str, **kwargs: Any) -> Any:
+        """See ``request``."""
+        return await self.request("POST", url, **kwargs)
+
+    async def put(self, url: str, **kwargs: Any) -> Any:
+        """See ``request``."""
+        return await self.request("PUT", url, **kwargs)
 
     async def request(
         self, method: str, url: str, headers: Any = None, raise_exception: bool = True, **kwargs: Any

@@ -12,9 +12,6 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 from weakref import WeakValueDictionary
 
-from hvac.api.auth_methods import Kubernetes, Token
-from hvac.api.system_backend.lease import Lease
-
 from provider.clock import Clock
 from provider.errors import (
     AccessDenied,
@@ -111,6 +108,11 @@ class RenewalRefused(ProviderError):
     """Vault will not renew it any further; it lives until the end that it has."""
 
 
+def import_calls() -> None:
+    """Import hvac, so that no mount has to wait for it; takes a tenth of a second, so for a thread."""
+    from provider.vault import calls  # noqa: F401
+
+
 class Vault:
     """One Vault server, in one namespace. ``deadline`` is everywhere in the event loop's time, in seconds."""
 
@@ -127,6 +129,8 @@ class Vault:
             LoginDenied: Vault refused; ``what`` holds its words, and the caller adds who tried.
             VaultUnavailable: no answer, or none of Vault's.
         """
+        from provider.vault.calls import Kubernetes
+
         adapter = self._adapter(
             None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=hash(jwt)
         )
@@ -198,6 +202,8 @@ class Vault:
 
         Raises LeaseGone (403: the token is dead), RenewalRefused, VaultUnavailable.
         """
+        from provider.vault.calls import Token
+
         adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             answer = await Token(adapter).renew_self(increment=f"{int(increment)}s")
@@ -214,6 +220,8 @@ class Vault:
         Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission),
         VaultUnavailable.
         """
+        from provider.vault.calls import Lease
+
         adapter = self._adapter(token, deadline, mount=_SYSTEM, resend=True)
         try:
             answer = await Lease(adapter).renew_lease(lease_id, increment=int(increment))
@@ -230,6 +238,8 @@ class Vault:
 
         Raises RenewalRefused (a batch token cannot be revoked, nor one that may not revoke itself), VaultUnavailable.
         """
+        from provider.vault.calls import Token
+
         adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             await Token(adapter).revoke_self()
@@ -241,6 +251,8 @@ class Vault:
 
     async def token_lives(self, token: Sensitive[str], deadline: float) -> bool:
         """Whether ``lookup-self`` knows the token. Raises VaultUnavailable where nobody could say."""
+        from provider.vault.calls import Token
+
         adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
             await Token(adapter).lookup_self()
