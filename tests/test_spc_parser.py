@@ -69,7 +69,7 @@ def test_a_refused_class_is_recalled_as_refused() -> None:
 
 @pytest.mark.parametrize("more", [{"typo": "x" * 70_000}, {f"typo{n}": "x" for n in range(40)}])
 def test_what_may_take_long_is_not_recalled(more: dict[str, str]) -> None:
-    """Many or long attributes are read where they hold nobody up, known class or not."""
+    """Many or long attributes are read where they hold nobody up, known class or not, and are not kept."""
     parser = Parser(Settings())
     mount(parser, numbered(0))
     assert recall(parser, attributes(numbered(0))) is not None
@@ -77,6 +77,7 @@ def test_what_may_take_long_is_not_recalled(more: dict[str, str]) -> None:
     assert recall(parser, long) is None
     parser.parse(long, "null", "/target", "420")
     assert recall(parser, long) is None
+    assert len(parser._mounts._entries) == 1
 
 
 def test_another_text_or_permission_is_another_class() -> None:

@@ -208,7 +208,7 @@ def address(text: str) -> str:
 def mounting_pod(attributes: str) -> Pod | None:
     """The pod that the attributes are of, found without reading the rest of them; None where it is not told.
 
-    A text within the JSON cannot pass for one of its names: the quotes around a name have no backslash before them.
+    A text within the JSON cannot pass for one of its names: before a quote in a text there is a backslash.
     """
     given = dict(_OF_POD.findall(attributes))
     named = [given.get(key, "") for key in (POD_NAMESPACE, POD_NAME, POD_UID, SERVICE_ACCOUNT)]
