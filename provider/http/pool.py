@@ -252,9 +252,16 @@ class Pool:
             except (OSError, ValueError) as error:  # a path that is none
                 raise ConnectFailed(reason(error)) from error
             return connection
+        server_name = origin.server_name or origin.host
+        if origin.tls is not None:
+            try:
+                # Before there is a connection: what the event loops make of such a name is not the same.
+                origin.tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=server_name)
+            except ValueError as error:
+                raise TlsFailed("no certificate can be for its name") from error
         proxy = origin.proxy
         if proxy is None:
-            await self._connect_to(connection, origin.host, origin.port, origin.tls, origin.server_name or origin.host)
+            await self._connect_to(connection, origin.host, origin.port, origin.tls, server_name)
             return connection
         hop = connection if origin.tls is None else Connection(_nobody, _nobody)
         try:
@@ -267,13 +274,9 @@ class Pool:
             raise ProxyFailed(str(error)) from error
         except TlsFailed as error:
             raise TlsFailed(f"at the proxy: {error}") from error
-        through = hop.detach()
         try:
-            tls = await loop.start_tls(
-                through, connection, origin.tls, server_hostname=origin.server_name or origin.host
-            )
-        except (OSError, ValueError) as error:
-            through.abort()
+            tls = await loop.start_tls(hop.detach(), connection, origin.tls, server_hostname=server_name)
+        except OSError as error:
             raise _not_connected(error) from error
         if tls is None:
             raise ConnectFailed("the connection was closed")
@@ -297,8 +300,7 @@ class Pool:
             await asyncio.get_running_loop().create_connection(
                 lambda: connection, sock=opened, ssl=tls, server_hostname=server_name if tls else None
             )
-        except (OSError, ValueError) as error:
-            opened.close()  # nobody else does where TLS could not even begin
+        except OSError as error:
             raise _not_connected(error) from error
 
     async def _tunnel(self, hop: Connection, proxy: Proxy) -> None:
@@ -321,13 +323,8 @@ def _lines(headers: Mapping[str, str]) -> str:
     return lines
 
 
-def _not_connected(error: OSError | ValueError) -> HttpFailure:
-    """What a failure to make a connection means."""
-    if isinstance(error, ssl.SSLError):
-        return TlsFailed(reason(error))
-    if isinstance(error, ValueError):
-        return TlsFailed("the name that its certificate is to be for cannot be one")
-    return ConnectFailed(reason(error))
+def _not_connected(error: OSError) -> HttpFailure:
+    return TlsFailed(reason(error)) if isinstance(error, ssl.SSLError) else ConnectFailed(reason(error))
 
 
 def _authority(host: str, port: int, *, default: int | None = None) -> str:

@@ -1,0 +1,611 @@
+"""The HTTP client's connections: how they come about, and that nothing that fails costs one of their places."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import os
+import socket
+import ssl
+import traceback
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from provider.http import (
+    ConnectFailed,
+    HttpFailure,
+    LookupFailed,
+    Lookups,
+    Origin,
+    Pool,
+    Proxy,
+    ProxyFailed,
+    Response,
+    TlsFailed,
+)
+from provider.http.connection import Connection
+from tests.stand.pki import Authority
+from tests.stand.process import free_port
+from tests.stand.wire import (
+    OK,
+    SECRET,
+    Server,
+    answering,
+    assert_one_place,
+    both_loops,
+    get,
+    pool_of,
+    serving,
+    settle,
+)
+
+PASSWORD = "Basic Y2FuYXJ5OnBhc3N3b3Jk"  # what must be shown nowhere
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def server_tls(authority: Authority, tmp_path: Path) -> ssl.SSLContext:
+    """A server's, for loopback and vault.internal."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    names = ("127.0.0.1", "localhost", "vault.internal")
+    context.load_cert_chain(*authority.server(names).write(tmp_path, "server"))
+    return context
+
+
+@pytest.fixture
+def client_tls(authority: Authority) -> ssl.SSLContext:
+    return ssl.create_default_context(cadata=authority.pem.decode())
+
+
+@pytest.fixture
+def stranger() -> ssl.SSLContext:
+    """A client that trusts another authority."""
+    return ssl.create_default_context(cadata=Authority("other").pem.decode())
+
+
+@pytest.fixture(scope="module")
+def loops_own() -> None:
+    """What uvloop opens once, and keeps."""
+    uvloop.run(asyncio.sleep(0))
+
+
+@pytest.fixture(autouse=True)
+def no_file_left(loops_own: None) -> Iterator[None]:
+    """No socket stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@contextlib.asynccontextmanager
+async def proxying(
+    to: int, *answers: bytes, tls: ssl.SSLContext | None = None, behind: bytes = b""
+) -> AsyncIterator[Server]:
+    """A proxy that leads every CONNECT to a loopback port, but answers its first with ``answers`` and closes.
+
+    ``behind`` is sent in one packet with what it says of its success.
+    """
+    server = Server()
+    left = list(answers)
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.request(reader)
+        if left:
+            writer.write(left.pop(0))
+            await writer.drain()
+            writer.close()
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", to)
+        try:
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n" + behind)
+            await asyncio.gather(pump(reader, back), pump(there, writer))
+        finally:
+            if not back.is_closing():
+                back.transport.abort()
+
+    async with serving(serve, server, tls) as running:
+        yield running
+
+
+@both_loops
+class TestPlaces:
+    @pytest.mark.parametrize("way", ["plain", "tls", "tunnel", "tls in tls", "addresses"])
+    async def test_cancelled_at_any_moment(
+        self,
+        way: str,
+        server_tls: ssl.SSLContext,
+        client_tls: ssl.SSLContext,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Whenever whoever asks gives up, its place is given back, once, and its sockets are closed."""
+        if way == "tls in tls" and not isinstance(asyncio.get_running_loop(), uvloop.Loop):
+            pytest.skip("asyncio of Python 3.11 fails in closing TLS within TLS; the daemon runs on uvloop")
+        if way == "addresses":
+            monkeypatch.setattr(socket, "getaddrinfo", addresses("127.0.0.2", "127.0.0.1"))
+        async with (
+            answering(tls=None if way in ("plain", "addresses") else server_tls) as server,
+            proxying(server.port, tls=server_tls if way == "tls in tls" else None) as proxy,
+        ):
+            origin: dict[str, Any] = {}
+            if way not in ("plain", "addresses"):
+                origin["tls"] = client_tls
+            if way in ("tunnel", "tls in tls"):
+                origin["proxy"] = Proxy("127.0.0.1", proxy.port, client_tls if way == "tls in tls" else None)
+            pool = pool_of(server.port, host="many.test" if way == "addresses" else "127.0.0.1", **origin)
+            moment = whole = 0
+            while whole < 3:  # until it is done before it is cancelled
+                asked = asyncio.create_task(get(pool))
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                if asked.done():
+                    whole += 1
+                asked.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asked
+                # What is under way closes by and by; the next comes at once.
+                assert (await get(pool)).whole
+                if moment % 2:  # half of the requests find no connection at rest
+                    pool.close()
+                moment += 1
+            await assert_one_place(pool, server)
+            pool.close()
+            await settle()
+
+    async def test_cancelled_while_waiting(self) -> None:
+        """Whoever waits for a place and gives up takes none, and those behind have their turns."""
+        async with answering() as server:
+            pool = pool_of(server.port)
+            for moment in range(12):
+                asked = [asyncio.create_task(get(pool)) for _ in range(4)]
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                asked[1].cancel()
+                asked[2].cancel()
+                done = await asyncio.gather(*asked, return_exceptions=True)
+                assert isinstance(done[0], Response)
+                assert isinstance(done[3], Response)
+            await assert_one_place(pool, server)
+            pool.close()
+
+    async def test_cancelled_when_it_has_its_turn(self) -> None:
+        """A connection, or the place of one that is gone, is passed on by whoever was given it and gave up."""
+        for answer in (OK, b"junk"):
+            async with answering(answer) as server:
+                pool = pool_of(server.port)
+                first, second, third = (asyncio.create_task(get(pool)) for _ in range(3))
+                first.add_done_callback(functools.partial(_cancel, second))
+                done = await asyncio.gather(first, second, third, return_exceptions=True)
+                assert isinstance(done[1], asyncio.CancelledError)
+                assert isinstance(done[2], Response)
+                await assert_one_place(pool, server)
+                pool.close()
+
+    async def test_cancelled_when_the_answer_is_there(self) -> None:
+        """An answer that comes as its asker gives up leaves the connection whole, to whoever has it by then."""
+        others: list[asyncio.Task[Response]] = []
+
+        def at_rest(connection: Connection) -> None:
+            if not others:
+                others.append(asyncio.create_task(connection.exchange(b"GET /2 HTTP/1.1\r\n\r\n", 10)))
+                asked.cancel()
+
+        async with answering() as server:
+            connection = Connection(at_rest, lambda _: None)
+            await asyncio.get_running_loop().create_connection(lambda: connection, "127.0.0.1", server.port)
+            asked = asyncio.create_task(connection.exchange(b"GET /1 HTTP/1.1\r\n\r\n", 10))
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            assert bytes((await others[0]).body) == b"ok"
+            connection.abort()
+            await settle()
+
+    @pytest.mark.parametrize("end", [True, False])
+    @pytest.mark.parametrize("answer", [b"", b"junk", OK[:30], OK + OK])
+    async def test_failed_exchange(self, answer: bytes, end: bool) -> None:
+        """A connection that fails is no more, and its place is the next one's, who may have waited for it."""
+        async with answering(*[answer] * 3, end=end) as server:
+            pool = pool_of(server.port)
+            for _ in range(2):
+                asked = [asyncio.create_task(get(pool)) for _ in range(3)]
+                await asyncio.sleep(0.05)
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+            await get_until_it_answers(pool)
+            await assert_one_place(pool, server)
+            pool.close()
+
+    async def test_idle_connection_goes_away(self) -> None:
+        """A connection that the server closes while nothing is under way is not used again, and its place is free."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await server.request(reader)
+            writer.write(OK)
+            await asyncio.sleep(0.02)
+
+        async with serving(serve, server := Server()):
+            pool = pool_of(server.port)
+            for accepted in (1, 2, 3):
+                await get(pool)
+                assert server.accepted == accepted
+                await asyncio.sleep(0.2)
+            pool.close()
+
+    async def test_refused(self) -> None:
+        """A server that takes no connection costs no place."""
+        port = free_port()
+        pool = pool_of(port)
+        for _ in range(2):
+            for done in await asyncio.gather(get(pool), get(pool), get(pool), return_exceptions=True):
+                assert isinstance(done, ConnectFailed)
+                assert str(done) == "Connection refused"
+        async with answering(port=port) as server:
+            await assert_one_place(pool, server)
+            pool.close()
+
+    async def test_late(self) -> None:
+        """A connection that does not come about in time is given up, with its socket."""
+        silent = socket.create_server(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        pool = pool_of(port, seconds=0.1, tls=ssl.create_default_context())
+        for _ in range(2):
+            for done in await asyncio.gather(get(pool), get(pool), return_exceptions=True):
+                assert isinstance(done, ConnectFailed)
+                assert str(done) == "no connection in 0.1 s"
+        await settle()
+        silent.close()
+
+    async def test_tls_that_fails(self, server_tls: ssl.SSLContext, stranger: ssl.SSLContext) -> None:
+        """A handshake that fails costs no place."""
+        async with answering(tls=server_tls) as server:
+            pool = pool_of(server.port, tls=stranger)
+            for _ in range(3):
+                with pytest.raises(TlsFailed, match=r"unable to get local issuer certificate"):
+                    await get(pool)
+            assert server.heads == []
+            await settle()
+
+    @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x01\0\x02\x02\x28"])
+    async def test_end_of_the_handshake(self, greeting: bytes, client_tls: ssl.SSLContext) -> None:
+        """A server that ends the handshake, in whatever way, is a failure to connect."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(100)
+            writer.write(greeting)
+            await writer.drain()
+            writer.write_eof()
+            await reader.read()
+
+        async with serving(serve, server := Server()):
+            pool = pool_of(server.port, tls=client_tls)
+            for _ in range(3):
+                with pytest.raises((ConnectFailed, TlsFailed)):
+                    await get(pool)
+            assert server.accepted == 3
+            await settle()
+
+    @pytest.mark.parametrize("name", ["a..b", ".b", "x" * 64, "bücher..x"])
+    @pytest.mark.parametrize("tunnel", [False, True])
+    async def test_name_that_no_certificate_can_have(
+        self, name: str, tunnel: bool, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    ) -> None:
+        """A server's name that TLS cannot even ask for is a failure of TLS, and leaves no socket."""
+        async with answering(tls=server_tls) as server, proxying(server.port) as proxy:
+            way = Proxy("127.0.0.1", proxy.port) if tunnel else None
+            pool = pool_of(server.port, tls=client_tls, server_name=name, proxy=way)
+            for _ in range(3):
+                with pytest.raises(TlsFailed, match=r"no certificate can be for its name"):
+                    await get(pool)
+            assert (server.accepted, proxy.accepted) == (0, 0)
+            await settle()
+
+    async def test_closed_pool(self) -> None:
+        """A closed pool lets each connection go with its answer, and opens new ones for whoever still asks."""
+        async with answering() as server:
+            pool = pool_of(server.port)
+            asked = asyncio.create_task(get(pool))
+            await asyncio.sleep(0)
+            pool.close()
+            assert (await asked).whole
+            assert (await get(pool)).whole
+            assert server.accepted == 2
+            await settle()
+
+    async def test_bound(self) -> None:
+        """There are never more connections than the limit, and as many as that."""
+        async with answering() as server:
+            pool = pool_of(server.port, limit=5)
+            await asyncio.gather(*(get(pool) for _ in range(40)))
+            assert (server.accepted, server.peak) == (5, 5)
+            pool.close()
+
+
+def _cancel(other: asyncio.Task[Response], _: object) -> None:
+    other.cancel()
+
+
+async def get_until_it_answers(pool: Pool) -> None:
+    """Read until nothing is wrong any more."""
+    for _ in range(20):
+        with contextlib.suppress(HttpFailure, TimeoutError):
+            await asyncio.wait_for(get(pool), 0.2)
+            return
+    pytest.fail("it never answered")
+
+
+def addresses(*hosts: str) -> Callable[..., list[tuple[Any, ...]]]:
+    """A resolver that knows these addresses of every name."""
+    return lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in hosts]
+
+
+@both_loops
+class TestWays:
+    async def test_next_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An address that refuses, and one that does not answer, do not keep from the one that does."""
+        async with answering() as server:
+            hung = socket.socket()
+            hung.bind(("127.0.0.3", server.port))
+            hung.listen(0)
+            fill = [socket.socket() for _ in range(4)]
+            for one in fill:
+                one.setblocking(False)
+                one.connect_ex(("127.0.0.3", server.port))
+            for hosts in (("127.0.0.2", "127.0.0.1"), ("127.0.0.3", "127.0.0.1"), ("127.0.0.3", "127.0.0.2")):
+                monkeypatch.setattr(socket, "getaddrinfo", addresses(*hosts))
+                pool = pool_of(server.port, host="many.test", seconds=2)
+                if "127.0.0.1" in hosts:
+                    await assert_one_place(pool, server)
+                else:
+                    with pytest.raises(ConnectFailed):
+                        await get(pool)
+                pool.close()
+            for one in (*fill, hung):
+                one.close()
+            await settle()
+
+    @pytest.mark.parametrize(
+        ("host", "sent"),
+        [
+            ("bücher.test", "xn--bcher-kva.test:{port}"),
+            ("vault.test", "vault.test:{port}"),
+            ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]:{port}"),
+        ],
+    )
+    async def test_host_header(self, host: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The host is told as HTTP writes it: in ASCII, an IPv6 address in brackets, the port where it is special."""
+        async with answering() as server:
+            if ":" not in host:
+                monkeypatch.setattr(socket, "getaddrinfo", addresses("127.0.0.1"))
+            pool = pool_of(server.port, host=host)
+            await get(pool)
+            assert f"Host: {sent.format(port=server.port)}\r\n" in server.heads[0]
+            pool.close()
+
+    @pytest.mark.parametrize(("tls", "port", "sent"), [(False, 80, "v"), (True, 443, "v"), (False, 443, "v:443")])
+    async def test_port_of_the_scheme(self, tls: bool, port: int, sent: str) -> None:
+        """The scheme's own port is not told."""
+        assert Origin("v", port, ssl.create_default_context() if tls else None).authority == sent
+
+    @pytest.mark.parametrize("host", ["é..b", "a..b", "x" * 64, "é" * 70])
+    async def test_host_that_is_no_name(self, host: str) -> None:
+        """What no resolver can be asked for is told as a failure to look it up."""
+        with pytest.raises(LookupFailed, match=r"no host name"):
+            await get(pool_of(1, host=host))
+
+    async def test_unix_socket(self, tmp_path: Path) -> None:
+        """A server's socket of this machine; one that is not there, or cannot be, is a failure to connect."""
+        server = Server()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await server.request(reader)
+            writer.write(OK)
+            await reader.read()
+            writer.close()
+
+        path = str(tmp_path / "s")
+        listener = await asyncio.start_unix_server(accept, path)
+        pool = pool_of(80, host="localhost", socket_path=path)
+        await get(pool)
+        assert "Host: localhost\r\n" in server.heads[0]
+        pool.close()
+        listener.close()
+        for wrong in (f"{tmp_path}/none", str(tmp_path), f"{tmp_path}/{'x' * 200}", "/a\0b", "/a\ud800"):
+            pool = pool_of(80, host="localhost", socket_path=wrong)
+            for _ in range(2):
+                with pytest.raises(ConnectFailed):
+                    await get(pool)
+        await settle()
+
+
+@both_loops
+class TestProxies:
+    async def test_plain(self) -> None:
+        """Of a plain server the proxy is told the whole URL, and the password; CONNECT is not asked."""
+        async with answering() as server:
+            pool = pool_of(8200, host="vault.internal", proxy=Proxy("127.0.0.1", server.port, None, PASSWORD))
+            await assert_one_place(pool, server)
+            assert server.heads[0].startswith(
+                "GET http://vault.internal:8200/x HTTP/1.1\r\nHost: vault.internal:8200\r\n"
+            )
+            assert f"\r\nProxy-Authorization: {PASSWORD}\r\n" in server.heads[0]
+            pool.close()
+
+    @pytest.mark.parametrize("secure", [False, True])
+    @pytest.mark.parametrize(("host", "told"), [("vault.internal", "vault.internal:8200"), ("::1", "[::1]:8200")])
+    async def test_tunnel(
+        self, secure: bool, host: str, told: str, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    ) -> None:
+        """Through the tunnel goes TLS with the server itself, within the proxy's own if it has that."""
+        async with (
+            answering(tls=server_tls) as server,
+            proxying(server.port, tls=server_tls if secure else None) as proxy,
+        ):
+            way = Proxy("127.0.0.1", proxy.port, client_tls if secure else None, PASSWORD)
+            pool = pool_of(8200, host=host, tls=client_tls, server_name="vault.internal", proxy=way)
+            await assert_one_place(pool, server)
+            assert proxy.heads == [
+                f"CONNECT {told} HTTP/1.1\r\nHost: {told}\r\nProxy-Authorization: {PASSWORD}\r\n\r\n"
+            ]
+            assert not any("Proxy-Authorization" in head for head in server.heads)
+            assert SECRET not in proxy.heads[0]
+            pool.close()
+            await settle()
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (b"", "it closed the connection"),
+            (b"SSH-2.0-OpenSSH_9\r\n", "what it sent is not HTTP"),
+            (b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "it answered 407"),
+            (b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n" + b"x" * 1_000_000, "it answered 407"),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", "it answered more than it was asked"),
+            (b"HTTP/1.1 200 OK\r\n\r\nabc", "it answered more than it was asked"),
+            (b"HTTP/1.1 101 Switching\r\n\r\n", "what it sent is not HTTP"),
+        ],
+    )
+    async def test_refusal(
+        self, answer: bytes, said: str, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    ) -> None:
+        """A proxy that does not lead on is a failure of its own, told without its password, and costs no place."""
+        async with answering(tls=server_tls) as server, proxying(server.port, answer, answer) as proxy:
+            pool = pool_of(server.port, tls=client_tls, proxy=Proxy("127.0.0.1", proxy.port, None, PASSWORD))
+            for _ in range(2):
+                with pytest.raises(ProxyFailed) as told:
+                    await get(pool)
+                assert str(told.value) == said
+                assert PASSWORD not in "".join(traceback.format_exception(told.value))
+            await assert_one_place(pool, server)
+            pool.close()
+            await settle()
+
+    @pytest.mark.parametrize("headers", [b"Content-Length: 0\r\n", b"Content-Length: 7\r\n", b"Connection: close\r\n"])
+    async def test_length_of_a_tunnel(
+        self, headers: bytes, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    ) -> None:
+        """A length in the answer that opens the tunnel means nothing (RFC 9110 section 9.3.6)."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n")
+            await writer.start_tls(server_tls)
+            await server.request(reader)
+            writer.write(OK)
+            await reader.read()
+
+        async with serving(serve, server := Server()):
+            pool = pool_of(8200, host="vault.internal", tls=client_tls, proxy=Proxy("127.0.0.1", server.port))
+            assert (await get(pool)).body == b"ok"
+            pool.close()
+            await settle()
+
+    async def test_tls_of_the_proxy_fails(
+        self, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, stranger: ssl.SSLContext
+    ) -> None:
+        """A proxy whose certificate nobody vouches for is told as what failed; it is not asked for anything."""
+        async with answering(tls=server_tls) as server, proxying(server.port, tls=server_tls) as proxy:
+            for tls in (client_tls, None):
+                pool = pool_of(server.port, tls=tls, proxy=Proxy("127.0.0.1", proxy.port, stranger, PASSWORD))
+                with pytest.raises(TlsFailed, match=r"at the proxy: .*certificate"):
+                    await get(pool)
+            assert proxy.heads == []
+            await settle()
+
+    async def test_proxy_is_away(self, client_tls: ssl.SSLContext) -> None:
+        """No connection to the proxy, or no name of it, is the proxy's failure."""
+        for host in ("127.0.0.1", "a..b"):
+            for tls in (client_tls, None):
+                pool = pool_of(8200, host="vault.internal", tls=tls, proxy=Proxy(host, free_port()))
+                with pytest.raises(ProxyFailed):
+                    await get(pool)
+
+    async def test_shows_no_password(self) -> None:
+        """A proxy's password is in no representation of it."""
+        assert PASSWORD not in repr(Origin("v", 1, proxy=Proxy("p", 1, None, PASSWORD)))
+
+
+@both_loops
+class TestSending:
+    @pytest.mark.parametrize("bad", ["\r", "\n", "\0", "a\r\nX-Vault-Token: b"])
+    async def test_injection(self, bad: str) -> None:
+        """A line break in a header, its name, the method or the path is refused, nothing is sent, no place is taken."""
+        async with answering() as server:
+            pool = pool_of(server.port)
+            for method, path, headers in (
+                ("GET", "/x", {"X-A": f"a{bad}b"}),
+                ("GET", "/x", {f"X-A{bad}": "a"}),
+                ("GET", f"/x{bad}", {}),
+                (f"GET{bad}", "/x", {}),
+                ("GET", "/x y", {}),
+            ):
+                with pytest.raises(ValueError, match=r"has a line break"):
+                    await pool.request(method, path, headers, limit=10)
+            with pytest.raises(ValueError, match=r"has a line break"):
+                pool_of(server.port, host=f"v{bad}")
+            with pytest.raises(ValueError, match=r"has a line break"):
+                Pool(Origin("v", 1), lookups=Lookups(), limit=1, connect_seconds=1, headers={"X-Vault-Namespace": bad})
+            assert server.accepted == 0
+            await assert_one_place(pool, server)
+            pool.close()
+
+    async def test_sent_once(self) -> None:
+        """What goes out is one request, whole, and never again, whatever becomes of it."""
+        async with answering(OK, b"", end=False) as server:
+            pool = pool_of(server.port)
+            await pool.request("PUT", "/x?y=z", {"X-A": "b"}, b'{"a": 1}', limit=10)
+            assert server.heads[0].splitlines()[0] == "PUT /x?y=z HTTP/1.1"
+            assert "\r\nX-A: b\r\nContent-Type: application/json\r\nContent-Length: 8\r\n\r\n" in server.heads[0]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(pool.request("DELETE", "/x", {}, limit=10), 0.1)
+            assert server.heads[1].endswith("\r\nContent-Length: 0\r\n\r\n")
+            await asyncio.sleep(0.1)
+            assert len(server.heads) == 2
+            pool.close()
+
+    async def test_leaves_no_garbage(self) -> None:
+        """Neither an answer nor a failure leaves a ring of references, which would wait for a collection with a token
+        in it."""
+        async with answering(OK, b"junk", OK[:30]) as server:
+            pool = pool_of(server.port)
+            gc.collect()
+            gc.disable()
+            try:
+                assert (await get(pool)).whole
+                broken = await failing(pool)
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(get(pool), 0.1)
+                pool.close()
+                await settle()
+                assert broken() is None
+                kinds = (Connection, Response, HttpFailure)
+                assert [left for left in gc.get_objects() if isinstance(left, kinds)] == []
+                refused = await failing(pool_of(free_port()))
+                assert refused() is None
+            finally:
+                gc.enable()
+
+
+async def failing(pool: Pool) -> weakref.ref[HttpFailure]:
+    """How a request failed, for as long as it is referred to."""
+    try:
+        await get(pool)
+    except HttpFailure as error:
+        return weakref.ref(error)
+    pytest.fail("it answered")
