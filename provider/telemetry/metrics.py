@@ -388,14 +388,15 @@ class Metrics:
             telemetry.listen(taker, kind)
 
     def _requested(self, event: VaultRequest) -> None:
-        method = event.method if event.method in METHODS else OTHER
-        path = self._paths.get(event.mount)
+        _, method, mount, status, seconds = event
+        if method not in METHODS:
+            method = OTHER
+        path = self._paths.get(mount)
         if path is None:
-            path = self._path(event.mount, event.status)
-        status = STATUSES.get(event.status)
-        self.requests.add(method, path, f"{event.status // 100}xx" if status is None else status)
-        if event.status:
-            self.request_seconds.observe(event.seconds, method, path)
+            path = self._path(mount, status)
+        self.requests.add(method, path, STATUSES.get(status) or f"{status // 100}xx")
+        if status:
+            self.request_seconds.observe(seconds, method, path)
 
     def _path(self, mount: str, status: int) -> str:
         # Only what has answered is known by its name: who writes paths that lead nowhere takes no room from others.
