@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Final
 
 from provider.clock import Clock
@@ -17,7 +17,7 @@ from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume
 from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import SecretRequest
-from provider.telemetry.events import Kind, LeaseView
+from provider.telemetry.events import Kind, LeaseView, Supply
 from provider.vault import VaultSecret
 
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
@@ -53,31 +53,45 @@ class Holdings:
         """The time between two mounts of ``volume`` that it has shown, the one that begins now included."""
         return (self._volumes.get(volume) or Volume()).interval(self._clock.now())
 
-    def wanted(self, request: SecretRequest, volume: str, interval: float, began: int) -> VaultSecret | None:
-        """What is kept for ``request``, unless this mount of ``volume`` must bring a fresh one.
+    def at_hand(
+        self, reads: Sequence[Read], volume: str, interval: float, began: int
+    ) -> tuple[dict[Read, VaultSecret], dict[Read, Supply]]:
+        """The answers that need no request to Vault, and where each comes from.
+
+        ``began`` is the serial of the newest token when the mount began, see ``may_keep``.
+        """
+        found: dict[Read, VaultSecret] = {}
+        supplies: dict[Read, Supply] = {}
+        now, shown = self._clock.now(), self._volumes.get(volume)
+        remembered = shown.answers if shown is not None else {}
+        if not remembered and not self.kept:
+            return found, supplies
+        for read in reads:
+            if read.fresh:
+                continue
+            kept = self.kept.get(read.request) if self.kept else None
+            if kept is not None and self.may_keep(kept, volume, interval, began):
+                found[read], supplies[read] = kept.secret, Supply.KEPT
+                continue
+            secret, at = remembered.get(read.request, (None, 0.0))
+            if secret is not None and now < at + read.refresh_after:
+                found[read], supplies[read] = secret, Supply.REMEMBERED
+        return found, supplies
+
+    def may_keep(self, kept: Kept, volume: str, interval: float, began: int) -> bool:
+        """Whether this mount of ``volume`` may have what is kept, and need bring no fresh one; then it asks for it.
 
         ``began`` is the serial of the newest token when the mount began: what came under a later one is fresh.
         """
-        kept = self.kept.get(request)
-        if kept is None:
-            return None
         now = self._clock.now()
         if not kept.lives(now):
-            return None
+            return False
         if must_replace(kept.life, kept.carrier, now, interval, kept.percent) and kept.token.serial <= began:
-            return None
+            return False
         if volume not in kept.volumes:
             kept.volumes.add(volume)
             self.changed = True
-        return kept.secret
-
-    def remembered(self, read: Read, volume: str) -> VaultSecret | None:
-        """What was read for ``volume`` less than ``refresh_after`` ago."""
-        shown = self._volumes.get(volume) if read.refresh_after else None
-        if shown is None or read.request not in shown.answers:
-            return None
-        secret, at = shown.answers[read.request]
-        return secret if self._clock.now() < at + read.refresh_after else None
+        return True
 
     def is_void(self, read: Read, answer: VaultSecret | ProviderError) -> bool:
         """Whether a lease that was handed out for ``read`` has turned out to be dead since."""
@@ -117,10 +131,18 @@ class Holdings:
 
         ``made`` is what it made of them. Returns whether it was a re-mount.
         """
-        now = self._clock.now()
         shown = self._volumes.setdefault(volume, Volume())
         again = shown.mounted_at is not None
-        shown.mounted(now)
+        shown.mounted(self._clock.now())
+        if shown.made is None or shown.made[0] is not answers:
+            self._note(shown, volume, answers, made)
+        if self.kept:
+            self._drop(volume, keep={read.request for read in answers if not read.fresh})
+        return again
+
+    def _note(self, shown: Volume, volume: str, answers: Mapping[Read, VaultSecret], made: object) -> None:
+        """Note who gave ``answers``: what is kept, and what may be answered from memory for a while."""
+        now = self._clock.now()
         remembered, shown.answers = shown.answers, {}
         lasting = True
         for read, secret in answers.items():
@@ -134,8 +156,6 @@ class Holdings:
                 lasting = False
         # What is read each time is another answer each time, and its files are held no longer than their mount.
         shown.made = (answers, made) if lasting and made is not None else None
-        self._drop(volume, keep={read.request for read in answers if not read.fresh})
-        return again
 
     def forget(self, volume: str) -> None:
         """Another session mounts ``volume`` now: nothing here is kept for it any more."""

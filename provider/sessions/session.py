@@ -115,9 +115,10 @@ class Session:
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
-        void = [read for read in reads if self._has.is_void(read, answers[read])]
-        if void:
-            answers |= await self._all(void, mount, at_hand)
+        if len(at_hand) < len(reads):
+            void = [read for read in reads if self._has.is_void(read, answers[read])]
+            if void:
+                answers |= await self._all(void, mount, at_hand)
         issued = {read for read in reads if self._has.is_issued(read)} if self._has.kept else frozenset[Read]()
         made = self._has.made_of(volume, answers) if len(at_hand) == len(answers) else None
         accessor = self._has.newest.auth.accessor if self._has.newest else ""
@@ -146,33 +147,24 @@ class Session:
             return None
 
     async def _all(self, reads: Sequence[Read], mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
-        answers: Answers = {}
+        found, supplies = self._has.at_hand(reads, mount.volume, mount.interval, mount.began)
+        answers: Answers = {**found}
+        at_hand.update(supplies)
+        if len(found) == len(reads):
+            return answers
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
         for read in reads:
-            found = self._at_hand(read, mount)
-            if found is not None:
-                answers[read], at_hand[read] = found
-            else:
+            if read not in found:
                 at_hand.pop(read, None)
                 asked[read] = self._ask(read, mount)
-        if asked:
-            # It leaves the tasks alone when the caller goes away.
-            await asyncio.wait(asked.values())
+        # It leaves the tasks alone when the caller goes away.
+        await asyncio.wait(asked.values())
         for read, task in asked.items():
             error = task.exception()
             if error is not None and not isinstance(error, ProviderError):
                 raise error
             answers[read] = task.result() if error is None else error
         return answers
-
-    def _at_hand(self, read: Read, mount: _Mount) -> tuple[VaultSecret, Supply] | None:
-        """The answer without asking Vault, where there is one."""
-        if read.fresh:
-            return None
-        if (kept := self._wanted(read.request, mount)) is not None:
-            return kept, Supply.KEPT
-        remembered = self._has.remembered(read, mount.volume)
-        return None if remembered is None else (remembered, Supply.REMEMBERED)
 
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
@@ -182,16 +174,12 @@ class Session:
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
 
-    def _wanted(self, request: SecretRequest, mount: _Mount) -> VaultSecret | None:
-        return self._has.wanted(request, mount.volume, mount.interval, mount.began)
-
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
         request = read.request
-        found = self._wanted(request, mount)  # another daemon may have left it in the state directory
-        if found is not None:
-            return found
         old = self._has.kept.get(request)
+        if old is not None and self._has.may_keep(old, mount.volume, mount.interval, mount.began):
+            return old.secret  # another daemon has left it in the state directory
         try:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
             for_lease = old is not None or not self._has.is_static(request)
