@@ -59,7 +59,8 @@ class Contents:
         """The files of the object ``name``. Raises BadSecret where they are too much, with what was there before."""
         self.made[name] = files
         self._count += len(files)
-        self._size += sum([file.weight for file in files])
+        for file in files:
+            self._size += file.weight
         if self.full:
             raise self.too_much()
 

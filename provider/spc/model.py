@@ -59,6 +59,8 @@ class Login:
 class Encoding(enum.Enum):
     """How the stored value is to be decoded (docs/contract.md section 2)."""
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python
+
     UTF8 = "utf-8"
     BASE64 = "base64"
     HEX = "hex"
@@ -110,6 +112,8 @@ class Format(enum.Enum):
 
     ENVELOPE is the whole response as JSON (docs/contract.md section 2), PEM a certificate with its key and chain.
     """
+
+    __hash__ = object.__hash__  # Enum's own is a function in Python
 
     ENVELOPE = "envelope"
     JSON = "json"
