@@ -87,11 +87,17 @@ class StateDir:
 
     def generation(self, key: str) -> int | None:
         """The generation of an entry without opening it; None where there is none. It is not yet proven."""
+        # Asked at each mount, and so without what makes a path and a file comfortable.
         try:
-            with self._file(key).open("rb") as file:
-                head = file.read(_HEAD)
+            descriptor = os.open(f"{self._path}/{key}.session", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
+        try:
+            head = os.read(descriptor, _HEAD)
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
         return int.from_bytes(head[len(MAGIC) + 1 :], "big") if len(head) == _HEAD else 0
 
     async def load(self, key: str) -> Entry | None:

@@ -184,7 +184,7 @@ class Service:
             spec = await self._read_anew(request, pod)
         # Others of the pod's mounts may have spent what was left meanwhile.
         self._limits.check(pod, Spending.OBJECTS)
-        self._limits.spend(pod, Spending.OBJECTS, sum(len(wanted.sources) for wanted in spec.objects))
+        self._limits.spend(pod, Spending.OBJECTS, sum([len(wanted.sources) for wanted in spec.objects]))
         return spec
 
     async def _read_anew(self, request: pb.MountRequest, pod: str) -> MountSpec:
@@ -224,7 +224,7 @@ def _answer(result: MountResult) -> bytes:
     if not result.files or not result.versions:
         # docs/contract.md section 1: the driver would keep the volume's old files, and call it a success.
         raise ProviderError("the mount came to no file at all", f"this is a bug in {RUNTIME_NAME}: report it")
-    if sum(len(file.contents) for file in result.files) <= MAX_MOUNT_BYTES:
+    if sum([len(file.contents) for file in result.files]) <= MAX_MOUNT_BYTES:
         response = pb.MountResponse(
             files=[pb.File(path=file.path, mode=file.mode, contents=file.contents) for file in result.files],
             object_version=[pb.ObjectVersion(id=name, version=version) for name, version in result.versions],
