@@ -70,7 +70,7 @@ class Connection(asyncio.Protocol):
         self._limit = 0
         self._taken = 0
         self._informational = 0
-        self._tunnel = self._headed = self._delimited = self._complete = self._reusable = False
+        self._tunnel = self._headed = self._complete = self._reusable = False
         self._fault = ""
         self.rested_at = 0.0
         """When it was last given back, in the event loop's time."""
@@ -91,7 +91,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             raise ConnectFailed("the connection was closed")
         response = self._response = Response(self)
-        self._tunnel, self._headed, self._delimited, self._complete, self._reusable = tunnel, False, False, False, False
+        self._tunnel, self._headed, self._complete, self._reusable = tunnel, False, False, False
         self._taken = self._informational = 0
         transport.write(request)
         await self._wait(response, limit)
@@ -172,7 +172,7 @@ class Connection(asyncio.Protocol):
         response = self._response
         self._transport = None
         if response is not None:
-            if error is None and self._headed and not self._delimited:
+            if error is None and self._headed and not _is_delimited(response):
                 self._finish(response)  # RFC 9112 section 6.3: its end is the connection's
             elif self._headed:
                 self._fail(ExchangeBroken("its answer broke off"))
@@ -208,7 +208,6 @@ class Connection(asyncio.Protocol):
         response.status = parser.get_status_code()
         if response.status >= 200:
             self._headed = True
-            self._delimited = any(name.lower() in _DELIMITED for name, _ in response.headers)
             self._complete = self._tunnel and response.status < 300
 
     def on_body(self, data: bytes) -> None:
@@ -257,3 +256,8 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._waiter = None
+
+
+def _is_delimited(response: Response) -> bool:
+    """Whether the headers tell where the body ends."""
+    return any(name.lower() in _DELIMITED for name, _ in response.headers)
