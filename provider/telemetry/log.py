@@ -144,6 +144,10 @@ class _LineHandler(logging.Handler):
         self._told_refused = 0
         self.lines = LineWriter("log", self._write, capacity=capacity)
 
+    def createLock(self) -> None:
+        """None is needed: an event is formatted from nothing that is shared, and the lines have a lock of their own."""
+        self.lock = None
+
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.put(self.format(record))
 
