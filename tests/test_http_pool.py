@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import os
 import socket
@@ -20,6 +19,7 @@ import uvloop
 
 from provider.http import (
     ConnectFailed,
+    ExchangeBroken,
     HttpFailure,
     LookupFailed,
     Lookups,
@@ -126,6 +126,83 @@ async def proxying(
 
 
 @both_loops
+class TestExpecting:
+    """Connections that are opened while the request before those they are for is under way."""
+
+    async def test_they_are_there_when_they_are_needed(self) -> None:
+        """The first answer comes only once all connections are there; those that are asked for next open none more."""
+        server = Server()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                if "/login" in await server.request(reader):
+                    async with asyncio.timeout(10):
+                        while server.accepted < 5:  # noqa: ASYNC110  # the event loop tells nobody
+                            await asyncio.sleep(0.001)
+                writer.write(OK)
+
+        async with serving(serve, server):
+            pool = pool_of(server.port, limit=64)
+            pool.expect(5)
+            await get(pool, "/login")
+            await asyncio.gather(*(get(pool) for _ in range(5)))
+            assert server.accepted == 5
+            # It was for that request alone.
+            await get(pool, "/login")
+            assert server.accepted == 5
+
+    async def test_who_comes_before_them_waits_for_them(self) -> None:
+        """Where the answer is faster than they are, nobody opens one more beside those that are on their way."""
+        async with answering() as server:
+            pool = pool_of(server.port, limit=64)
+            pool.expect(5)
+            await get(pool)
+            await asyncio.gather(*(get(pool) for _ in range(5)))
+            assert server.accepted == 5
+
+    async def test_never_more_than_there_may_be(self) -> None:
+        """The limit holds, and what is at rest or on its way already is not opened again."""
+        async with answering() as server:
+            pool = pool_of(server.port, limit=4)
+            for _ in range(3):
+                pool.expect(50)
+                await asyncio.gather(*(get(pool) for _ in range(20)))
+            assert (server.accepted, server.peak) == (4, 4)
+
+    async def test_a_server_that_takes_no_more_is_asked_for_no_more(self) -> None:
+        """Those that do not come about leave their places; who waited for one connects, and is told what is wrong."""
+        async with answering() as server:
+            pool = pool_of(server.port, limit=3)
+            await get(pool)
+            listener = socket.create_server(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            listener.close()
+            pool._origin = Origin("127.0.0.1", port)
+            pool.expect(3)
+            answers = await asyncio.gather(*(get(pool) for _ in range(4)), return_exceptions=True)
+            assert isinstance(answers[0], Response)
+            assert {type(answer) for answer in answers} == {Response, ConnectFailed}
+            pool._origin = Origin("127.0.0.1", server.port)
+            await asyncio.gather(*(get(pool) for _ in range(6)))
+            assert server.peak == 3
+
+    async def test_closed_meanwhile(self) -> None:
+        """What comes about after the pool was let go of is closed, and the pool serves on."""
+        async with answering() as server:
+            pool = pool_of(server.port, limit=3)
+            pool.expect(3)
+            first = asyncio.create_task(get(pool))
+            while not server.heads:  # noqa: ASYNC110  # the event loop tells nobody
+                await asyncio.sleep(0)
+            pool.close()
+            await first
+            for response in await asyncio.gather(*(get(pool) for _ in range(6))):
+                assert response.status == 200
+            await settle()
+            assert pool._open == 0
+
+
+@both_loops
 class TestPlaces:
     @pytest.mark.parametrize("way", ["plain", "tls", "tunnel", "tls in tls", "addresses"])
     async def test_cancelled_at_any_moment(
@@ -185,18 +262,75 @@ class TestPlaces:
             await assert_one_place(pool, server)
             pool.close()
 
-    async def test_cancelled_when_it_has_its_turn(self) -> None:
+    @pytest.mark.parametrize("answer", [OK, b"junk"])
+    async def test_cancelled_when_it_has_its_turn(self, answer: bytes) -> None:
         """A connection, or the place of one that is gone, is passed on by whoever was given it and gave up."""
-        for answer in (OK, b"junk"):
+
+        async def give_up(moment: int) -> None:
+            with contextlib.suppress(ExchangeBroken):
+                await get(pool)
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            second.cancel()
+
+        for moment in range(8):
             async with answering(answer) as server:
                 pool = pool_of(server.port)
-                first, second, third = (asyncio.create_task(get(pool)) for _ in range(3))
-                first.add_done_callback(functools.partial(_cancel, second))
+                first = asyncio.create_task(give_up(moment))
+                await asyncio.sleep(0)
+                second, third = (asyncio.create_task(get(pool)) for _ in range(2))
                 done = await asyncio.gather(first, second, third, return_exceptions=True)
-                assert isinstance(done[1], asyncio.CancelledError)
+                assert isinstance(done[1], asyncio.CancelledError) or moment
                 assert isinstance(done[2], Response)
                 await assert_one_place(pool, server)
                 pool.close()
+
+    async def test_spoiled_while_it_is_handed_on(self) -> None:
+        """A connection to which something came unasked is nobody's, be it at rest or on its way to the next."""
+        async with answering() as server:
+            pool = pool_of(server.port)
+            spoilt = (await get(pool))._connection
+            spoilt.data_received(OK)
+            assert (await get(pool)).whole
+            assert server.accepted == 2
+
+            async def spoil() -> None:
+                (await get(pool))._connection.data_received(OK)
+
+            await asyncio.gather(spoil(), get(pool))
+            assert server.accepted == 3
+            await assert_one_place(pool, server)
+            pool.close()
+
+    @pytest.mark.parametrize("way", ["plain", "tls", "tunnel"])
+    async def test_server_that_speaks_first(
+        self, way: str, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+    ) -> None:
+        """Whether it is noticed before the request is sent or after, what is said unasked fails, and costs no place."""
+
+        async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if server.accepted > 40:
+                await rightly(_, writer)
+            writer.write(b"SSH-2.0-OpenSSH_9\r\n")
+            if server.accepted % 2:
+                await asyncio.sleep(0.01)
+
+        async def rightly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                await server.request(reader)
+                writer.write(OK)
+
+        server_tls.maximum_version = ssl.TLSVersion.TLSv1_2  # there the server's word is the handshake's last
+        tls = None if way == "plain" else server_tls
+        async with serving(serve, server := Server(), tls), proxying(server.port) as proxy:
+            through = Proxy("127.0.0.1", proxy.port) if way == "tunnel" else None
+            pool = pool_of(server.port, tls=client_tls if tls else None, proxy=through)
+            for _ in range(40):
+                with pytest.raises((ConnectFailed, ExchangeBroken)):
+                    await get(pool)
+            assert (await get(pool)).whole
+            pool.close()
+            await settle()
 
     async def test_cancelled_when_the_answer_is_there(self) -> None:
         """An answer that comes as its asker gives up leaves the connection whole, to whoever has it by then."""
@@ -336,10 +470,6 @@ class TestPlaces:
             await asyncio.gather(*(get(pool) for _ in range(40)))
             assert (server.accepted, server.peak) == (5, 5)
             pool.close()
-
-
-def _cancel(other: asyncio.Task[Response], _: object) -> None:
-    other.cancel()
 
 
 async def get_until_it_answers(pool: Pool) -> None:
