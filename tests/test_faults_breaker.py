@@ -306,7 +306,7 @@ class TestWatch:
             (Answer(503, b"<html>no backend</html>"), r"in front of it answers 503"),
             (Answer(502, b""), r"in front of it answers 502"),
             (Answer(501, {"initialized": False, "sealed": True}), r"it is not initialized: initialize it"),
-            (Answer(cut=Cut.BEFORE), r"Server disconnected"),
+            (Answer(cut=Cut.BEFORE), r"it closed the connection"),
         ],
     )
     async def test_load_balancer_without_vault(self, vault: Vault, faulty: Faulty, answer: Answer, said: str) -> None:

@@ -184,7 +184,7 @@ class TestExpecting:
             assert {type(answer) for answer in answers} == {Response, ConnectFailed}
             pool._origin = Origin("127.0.0.1", server.port)
             await asyncio.gather(*(get(pool) for _ in range(6)))
-            assert server.peak == 3
+            assert (server.peak, pool._arriving) == (3, 0)
 
     async def test_closed_meanwhile(self) -> None:
         """What comes about after the pool was let go of is closed, and the pool serves on."""

@@ -299,6 +299,19 @@ class TestFiles:
         objects = [file(f"f{number}", SecretRequest("GET", "x", (("n", str(number)),)), "k") for number in range(30)]
         assert len(await node.mount(wanting(shop, *objects, address=faulty.address))) == 30
 
+    async def test_connections_for_reads_open_during_the_login(
+        self, node: Node, shop: EcommerceStand, faulty: Faulty
+    ) -> None:
+        """A first mount's reads find a connection each: no handshake is left to wait for once the pod is logged in."""
+        faulty.on(LOGIN, replace(token("hvs.token-of-a-faulty-server"), stall=2))
+        faulty.on("kv/x", secret({"k": "v"}))
+        objects = [file(f"f{number}", SecretRequest("GET", "kv/x", (("n", str(number)),)), "k") for number in range(6)]
+        mount = asyncio.create_task(node.mount(wanting(shop, *objects, address=faulty.address)))
+        await eventually(lambda: faulty.most_connections == 6)
+        assert [arrival.path for arrival in faulty.arrivals] == [f"/v1/{LOGIN}"]
+        assert len(await mount) == 6
+        assert faulty.most_connections == 6
+
     async def test_mounts_of_one_pod_at_once(self, node: Node, shop: EcommerceStand, counted: Counted) -> None:
         """Ten mounts at one time are one login and one credential."""
         spec = wanting(shop, USERNAME, PASSWORD)

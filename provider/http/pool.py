@@ -106,6 +106,9 @@ class Pool:
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._live: set[Connection] = set()
         self._open = 0  # those, and those that are about to be
+        self._expected = 0
+        self._arriving = 0  # connections that are opened for requests to come
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._reaping: asyncio.TimerHandle | None = None
 
@@ -120,7 +123,16 @@ class Pool:
         """
         request = self._head(method, path, headers, body)
         connection = await self._take()
+        if self._expected:
+            self._open_ahead()
         return await connection.exchange(request + body if body else request, limit)
+
+    def expect(self, requests: int) -> None:
+        """So many requests will follow the next one's answer: have connections for them by then.
+
+        They are opened while that request is under way, and so only to a server that has just taken a connection.
+        """
+        self._expected = max(self._expected, requests)
 
     def close(self) -> None:
         """Let go of the connections: idle ones now, each other one with its answer. A later request opens new ones."""
@@ -151,7 +163,7 @@ class Pool:
                 connection = self._idle.pop()  # the last that came to rest; the others may have rested long enough
                 if connection.usable:
                     return connection
-            if self._open < self._limit:
+            if self._open < self._limit and self._arriving <= len(self._waiting):
                 self._open += 1
                 return await self._connect()
             handed = await self._turn()
@@ -159,6 +171,25 @@ class Pool:
                 return await self._connect()
             if handed.usable:
                 return handed
+
+    def _open_ahead(self) -> None:
+        """Open what is expected to be needed besides the connection that is in use now."""
+        needed, self._expected = self._expected - 1 - len(self._idle) - self._arriving, 0
+        for _ in range(min(needed, self._limit - self._open)):
+            self._open += 1
+            self._arriving += 1
+            task = asyncio.create_task(self._arrive())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _arrive(self) -> None:
+        try:
+            connection = await self._connect()
+        except HttpFailure:
+            return  # whoever needs it connects by itself, and is told why not
+        finally:
+            self._arriving -= 1
+        self._at_rest(connection)
 
     async def _turn(self) -> Connection | None:
         """Wait for a connection that comes to rest, or None: for the place of one that is gone."""

@@ -157,6 +157,8 @@ class Session:
             if read not in found:
                 at_hand.pop(read, None)
                 asked[read] = self._ask(read, mount)
+        if self._token_at_hand(mount) is None:
+            self._vault.expect(len(asked))
         # It leaves the tasks alone when the caller goes away.
         await asyncio.wait(asked.values())
         for read, task in asked.items():

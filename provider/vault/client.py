@@ -122,6 +122,10 @@ class Vault:
         self.server = transport.server
         self.watch = transport.watch
 
+    def expect(self, reads: int) -> None:
+        """So many reads are to follow a login that is about to be asked for."""
+        self.transport.expect(reads)
+
     async def login(self, login: Login, jwt: Sensitive[str], deadline: float) -> Auth:
         """Log in by the kubernetes or the jwt method, which take the same request (docs/contract.md section 3).
 

@@ -120,6 +120,7 @@ class Transport:
         self._headers = {"Accept": "application/json", "X-Vault-Request": "true"}
         if server.namespace:
             self._headers["X-Vault-Namespace"] = server.namespace
+        self._expected = 0
         self._pool: Pool | None = None
         self._context: ssl.SSLContext | None = None
         self._marks: Fingerprint = ()
@@ -175,6 +176,10 @@ class Transport:
             except Dismissed:
                 await self.watch.admit(asker)
 
+    def expect(self, reads: int) -> None:
+        """So many reads of one owner will follow the next request's answer, a login's: connect for them meanwhile."""
+        self._expected = min(reads, self._turns.most)
+
     async def look(self) -> tuple[str, str]:
         """See whether Vault is there, over a connection of its own, since kept ones may lead nowhere by now.
 
@@ -198,6 +203,9 @@ class Transport:
         pool = self._pool
         if pool is None or self._due_for_check():
             pool = await self._current_pool()
+        if self._expected:
+            pool.expect(self._expected)
+            self._expected = 0
         began, status = time.monotonic(), 0
         failure: VaultUnavailable | None = None
         flight = self.watch.began(self.look)

@@ -41,6 +41,8 @@ class Turns:
     def __init__(self, places: int, lendable: int = 0) -> None:
         self.free = places
         """How many places nobody holds."""
+        self.most = max(1, places - -(-places // (SHARE + 1)))
+        """How many of them one owner may hold, if nobody else holds any."""
         self._lendable = lendable
         self._held: dict[Hashable, int] = {}
         self._overdue: dict[Hashable, int] = {}
