@@ -312,7 +312,6 @@ class TestLargeAnswers:
             held = len(response.body)
             await asyncio.sleep(0.1)
             assert len(response.body) == held
-            await response.read_on(50_000)  # it is above that already
             await response.read_on(2_000_000)
             assert 2_000_000 < len(response.body) < 3_000_000
             await response.read_on(30_000_000)
@@ -343,6 +342,14 @@ class TestLargeAnswers:
             response.close()
             await settle()
             assert not response.whole
+
+    async def test_larger_already(self) -> None:
+        """What is larger than the next limit too is not read on, nor waited for."""
+        async with Pair() as pair:
+            response = await pair.exchange(HEAD + b"Content-Length: 9\r\n\r\nabcdef", limit=2)
+            async with asyncio.timeout(20):
+                await response.read_on(5)
+            assert bytes(response.body) == b"abcdef"
 
     async def test_lost_meanwhile(self) -> None:
         """A connection that goes away before it is read on is a failure then, not a wait."""
