@@ -29,8 +29,8 @@ _C = TypeVar("_C", bound=type)
 _LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
-def on_both_loops(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    """A method that tests, run on either event loop; an exception that nobody retrieved fails it too."""
+def on_loops(test: Callable[..., Coroutine[None, None, None]], *names: str) -> Callable[..., None]:
+    """A method that tests, run on these event loops; an exception that nobody retrieved fails it too."""
 
     @functools.wraps(test)
     def run(self: object, loop_factory: Callable[[], asyncio.AbstractEventLoop], *args: Any, **kwargs: Any) -> None:
@@ -49,7 +49,8 @@ def on_both_loops(test: Callable[..., Coroutine[None, None, None]]) -> Callable[
     itself, *others = own.parameters.values()
     loop = inspect.Parameter("loop_factory", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__signature__ = own.replace(parameters=[itself, loop, *others])  # type: ignore[attr-defined]  # as pytest reads
-    marked: Callable[..., None] = pytest.mark.parametrize("loop_factory", _LOOPS.values(), ids=_LOOPS)(run)
+    factories = [_LOOPS[name] for name in names]
+    marked: Callable[..., None] = pytest.mark.parametrize("loop_factory", factories, ids=names)(run)
     return marked
 
 
@@ -57,7 +58,7 @@ def both_loops(tests: _C) -> _C:
     """A class whose coroutines that test run on either event loop."""
     for name, value in [*vars(tests).items()]:
         if name.startswith("test") and inspect.iscoroutinefunction(value):
-            setattr(tests, name, on_both_loops(value))
+            setattr(tests, name, on_loops(value, *_LOOPS))
     return tests
 
 
