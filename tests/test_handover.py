@@ -97,10 +97,11 @@ def test_socket_changes_hands_under_load_without_a_failed_mount(tmp_path: Path) 
     their own: no mount fails, every daemon answers some, the last one every driver, and each old one ends with 0."""
     path, written = tmp_path / "vault.sock", tmp_path / "report.json"
     with ExitStack() as stack:
-        daemons = [stack.enter_context(daemon("tests.daemon", path))]
+        unlimited = "--max-pod-mounts=0"  # each driver mounts for one pod, as often as it can
+        daemons = [stack.enter_context(daemon("tests.daemon", path, unlimited))]
         clients = stack.enter_context(load(path, written))
         for number in range(HANDOVERS):
-            successor = stack.enter_context(daemon("tests.daemon", path, name=f"successor-{number}"))
+            successor = stack.enter_context(daemon("tests.daemon", path, unlimited, name=f"successor-{number}"))
             successor.told("mounts are served")
             daemons[-1].signal(signal.SIGTERM)
             assert daemons[-1].ended() == 0
