@@ -30,13 +30,17 @@ class SystemClock:
     count, and since neither is moved by whoever sets the date.
     """
 
+    _epoch = ""
+
     def now(self) -> float:
         """Seconds since boot, suspended ones included."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def epoch(self) -> str:
         """The kernel's name for this boot."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        if not self._epoch:
+            self._epoch = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return self._epoch
 
     def wall(self) -> float:
         """Seconds since the Unix epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -148,7 +149,12 @@ def _later(own: Lifetime, other: Lifetime) -> None:
 
 def _fields(record: Any) -> dict[str, Any]:
     """A dataclass's own fields. Not ``asdict``, which copies all that is below, the responses too."""
-    return {field.name: getattr(record, field.name) for field in fields(record) if field.init}
+    return {name: getattr(record, name) for name in _names(type(record))}
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind) if field.init)
 
 
 def _finite(life: Lifetime) -> dict[str, Any]:
