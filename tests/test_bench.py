@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.bench import chart, report, scale, scenarios
+from tests.bench import chart, report, scale, scenarios, yardstick
 from tests.bench.load import BenchFailed, Lane
 from tests.bench.profile import read
 from tests.bench.results import Results, run
-from tests.bench.scenarios import Requests, count
-from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon
-from tests.bench.targets import targets
+from tests.bench.scenarios import Figure, Requests, count
+from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon, program
+from tests.bench.targets import REFERENCE_READ_MS, Target, slowness, targets
 from tests.stand.latency import LatencyProxy, RequestCounter
+from tests.stand.process import StandError
 from tests.tools import ROOT
 
 # What is counted as a daemon's CPU or memory is its own only where nothing crowds it out.
@@ -171,6 +172,107 @@ class TestLoad:
         scenarios.expect(passed, "cold", logins=1, reads=10)
         with pytest.raises(BenchFailed, match=r"warm: .*logins=1"):
             scenarios.expect(passed, "warm", reads=10)
+
+
+class TestYardstick:
+    def test_reads_go_out_as_many_as_said(self, stand: BenchStand) -> None:
+        """Each read is a request of its own, over 64 connections at most, and what is printed is for one of them."""
+        path, value = "bench/data/yardstick", stand.secret("yardstick")
+        stand.proxy.delay(0.02)
+        stand.proxy.forget()
+        cost = program("yardstick", [stand.proxy.address, stand.bao.root_token, path, value])
+        passed = stand.proxy.passed()
+        assert passed.requests == {("GET", f"/v1/{path}"): yardstick.WARM_UP + yardstick.READS}
+        assert passed.most_open == 64
+        assert 0 < cost < 0.02
+
+    def test_goes_straight_to_openbao(self, stand: BenchStand) -> None:
+        """The proxy's work and delay are not in it."""
+        stand.proxy.forget()
+        assert scenarios.yardstick(stand, 1).median > 0
+        assert stand.proxy.passed().requests == {}
+
+    @pytest.mark.parametrize(
+        ("path", "told"),
+        [
+            ("bench/data/yardstick", "bench/data/yardstick: another value than was written"),
+            ("bench/data/nothing", "bench/data/nothing: 404"),
+        ],
+    )
+    def test_wrong_answer_ends_the_run(self, stand: BenchStand, path: str, told: str) -> None:
+        """A read that does not bring the value is no read, and the value is not told."""
+        value = stand.secret("yardstick")
+        with pytest.raises(StandError, match=told) as caught:
+            program("yardstick", [stand.bao.address, stand.bao.root_token, path, value[:-1] + "?"])
+        assert value[:-1] not in str(caught.value)
+
+
+class TestReferenceSpeed:
+    @pytest.mark.parametrize(
+        ("measured", "factor", "computed", "met", "met_at_reference"),
+        [
+            (9.0, 3.0, 3.0, True, True),
+            (30.0, 3.0, 10.0, False, True),
+            (33.0, 3.0, 11.0, False, False),
+            # A machine faster than the reference may meet a limit that the reference would not.
+            (8.0, 0.5, 16.0, True, False),
+            (9.0, None, None, True, True),
+            (30.0, None, None, False, False),
+        ],
+    )
+    def test_both_verdicts(
+        self, measured: float, factor: float | None, computed: float | None, met: bool, met_at_reference: bool
+    ) -> None:
+        """A time is divided by the factor and held to the same limit; without a factor both verdicts are one."""
+        target = Target("boot", 10.0, measured, "s", factor)
+        assert (target.at_reference, target.met, target.met_at_reference) == (computed, met, met_at_reference)
+
+    def test_factor_is_the_median_over_the_reference(self, results: Results) -> None:
+        """Three runs of 2, 3 and 7 times the reference's CPU make a factor of 3, whatever the slowest took."""
+        runs = tuple(times * REFERENCE_READ_MS / 1000 for times in (7, 2, 3))
+        assert slowness(dataclasses.replace(results, yardstick=Figure(runs))) == pytest.approx(3)
+
+    def test_only_times_and_shares_of_a_core_are_computed(self, results: Results) -> None:
+        """Memory, ratios and counts stay as they are; every time is divided by one factor."""
+        promises = targets(results)
+        computed = {one.name for one in promises if one.factor is not None}
+        assert {one.factor for one in promises if one.name in computed} == {slowness(results)}
+        assert computed == {one.name for one in promises if one.unit in ("ms", "s") or "of one core" in one.name}
+        assert len(computed) == len(promises) - 8
+
+    def test_tables_tell_both(self) -> None:
+        """The terminal's table shows the computed time and its verdict beside the measured one; both are counted."""
+        promises = [
+            Target("fast", 10.0, 9.0, "s", 3.0),
+            Target("slow", 10.0, 30.0, "s", 3.0),
+            Target("slower", 10.0, 60.0, "s", 3.0),
+            Target("large", 10.0, 60.0, "MiB"),
+        ]
+        _, *rows, _, counts = report.terminal(promises).splitlines()
+        assert [row.split() for row in rows] == [
+            ["fast", "10", "9", "s", "3", "s"],
+            ["slow", "10", "30", "s", "MISSED", "10", "s"],
+            ["slower", "10", "60", "s", "MISSED", "20", "s", "MISSED"],
+            ["large", "10", "60", "MiB", "MISSED", "-"],
+        ]
+        assert counts.startswith("1 of 4 are met as measured; 2 of 4 at the reference's speed")
+
+    def test_page_tells_both(self, results: Results) -> None:
+        """Ten times as slow as the reference: the page has both verdicts of a boot, both counts and the yardstick."""
+        slow = dataclasses.replace(
+            results,
+            yardstick=Figure((10 * REFERENCE_READ_MS / 1000,)),
+            boot=dataclasses.replace(results.boot, wall=Figure((4.0,)), cpu=Figure((7.0,))),
+        )
+        page = report.render(slow, "")
+        assert "| node boot: time until all pods are mounted | 0.85 s | 4 s | **missed** | 0.4 s | met |" in page
+        assert "| node boot: CPU | 0.5 s | 7 s | **missed** | 0.7 s | **missed** |" in page
+        assert re.search(r"\| connections to Vault at most \| 64  \| \d+  \| met \| - \|  \|", page)
+        words = " ".join(page.split())
+        assert report.counted(targets(slow)) in words
+        assert "Here that is 1.10 (1.10-1.10) ms, where the limits were set it was 0.11 ms" in words
+        assert "the factor is 10.0." in words
+        assert report.yardstick(slow) in report.headline(slow)
 
 
 class TestProxy:

@@ -34,7 +34,7 @@ from tests.bench.sidecar import Agents, agents
 from tests.bench.stand import BenchStand
 from tests.stand.openbao import find_binary
 
-_PACKAGES = ("grpcio", "httptools", "hvac", "uvloop", "protobuf")
+_PACKAGES = ("grpcio", "httptools", "hvac", "uvloop", "protobuf", "aiohttp")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Results:
     """What came of each scenario. `took` is the whole run's seconds."""
 
     machine: Machine
+    yardstick: Figure
     floors: tuple[Floor, ...]
     singles: tuple[Single, ...]
     boot: Boot
@@ -121,6 +122,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> Results:
                 singles += [scenarios.single(stand, daemon, objects, round_trip, plan.runs) for objects in plan.objects]
             say("large volumes with small ones beside")
             small_alone, large = scenarios.large(stand, daemon, plan.boots)
+        say(f"the yardstick, {plan.yardsticks} times")
+        yardstick = scenarios.yardstick(stand, plan.yardsticks)
         say(f"a node's boot, {plan.boots} times")
         boot = scenarios.boot(stand, plan.boots, plan.pods)
         say(f"replicas, {plan.boots} times")
@@ -140,6 +143,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Results:
         beside = [agents(stand, pods, plan.agent_runs) for pods in plan.agents]
     return Results(
         machine,
+        yardstick,
         tuple(floors),
         tuple(singles),
         boot,

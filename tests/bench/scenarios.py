@@ -31,6 +31,7 @@ class Plan:
 
     runs: int
     boots: int
+    yardsticks: int
     pods: int
     round_trips: tuple[float, ...]
     objects: tuple[int, ...]
@@ -48,6 +49,7 @@ class Plan:
 FULL: Final = Plan(
     runs=9,
     boots=5,
+    yardsticks=5,
     pods=PODS,
     round_trips=(0.0, 0.002, 0.005, 0.020),
     objects=(1, 10, 50, 200),
@@ -64,6 +66,7 @@ FULL: Final = Plan(
 QUICK: Final = Plan(
     runs=3,
     boots=1,
+    yardsticks=2,
     pods=PODS,
     round_trips=(0.005,),
     objects=(1, 10, 200),
@@ -78,7 +81,15 @@ QUICK: Final = Plan(
     agent_runs=1,
 )
 SMOKE: Final = dataclasses.replace(
-    QUICK, runs=1, pods=12, rotating_pods=2, hour_seconds=10.0, full_node_seconds=1.0, idle_seconds=1.0, agents=(1,)
+    QUICK,
+    runs=1,
+    yardsticks=1,
+    pods=12,
+    rotating_pods=2,
+    hour_seconds=10.0,
+    full_node_seconds=1.0,
+    idle_seconds=1.0,
+    agents=(1,),
 )
 
 
@@ -148,6 +159,14 @@ def count(passed: Passed) -> Requests:
     revocations = passed.under("auth/token/revoke-self")
     known = logins + reads + issued + engines + renewals + revocations
     return Requests(logins, reads, issued, engines, renewals, revocations, passed.total - known)
+
+
+# The machine -------------------------------------------------------------------------------------------
+
+
+def yardstick(stand: BenchStand, runs: int) -> Figure:
+    """Seconds of CPU that one read takes a client that is not ours."""
+    return figure([stand.yardstick() for _ in range(runs)])
 
 
 # One mount ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tests.bench.load import Lane, Load, mount_request
 from tests.stand.kubeapi import KubeApi, Pod
@@ -182,17 +182,14 @@ class BenchStand:
             for path in paths:
                 self.secret(path)
             work.append((self.token(self.pod()), [f"bench/data/{path}" for path in paths]))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.bare"],
-            input=json.dumps([self.proxy.address, work]),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        if done.returncode != 0:
-            raise StandError(f"the bare client failed:\n{done.stderr}")
-        seconds, cpu = json.loads(done.stdout)
+        seconds, cpu = program("bare", [self.proxy.address, work])
         return seconds, cpu
+
+    def yardstick(self) -> float:
+        """Seconds of CPU of one read by `tests.bench.yardstick`, straight at OpenBao."""
+        path = "yardstick"
+        work = [self.bao.address, self.bao.root_token, f"bench/data/{path}", self.secret(path)]
+        return float(program("yardstick", work))
 
 
 class Daemon:
@@ -259,6 +256,20 @@ class Daemon:
         threads = [int(entry.name) for entry in (self._proc / "task").iterdir()]
         counts = {thread: status(thread, "voluntary_ctxt_switches") for thread in threads}
         return counts[self.pid], sum(counts.values())
+
+
+def program(name: str, work: Sequence[object]) -> Any:
+    """What a program of tests.bench prints, as JSON, when it is given this work; StandError where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.bench.{name}"],
+        input=json.dumps(work),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if done.returncode != 0:
+        raise StandError(f"tests.bench.{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
 def status(pid: int, field: str) -> int:
