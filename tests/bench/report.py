@@ -28,16 +28,17 @@ _WHY: Final = (
     # Longest match first: a function of a file, else the file's folder.
     ("Connection.data_received provider/http/", "llhttp, in C, reads Vault's answers; once a read"),
     ("Runner.run asyncio/", "the event loop itself, uvloop's C: reading and writing sockets, timers, gRPC's wake-ups"),
-    ("shield asyncio/", "what issues something outlives a caller who goes away: one future more a read"),
     ("Timeout.", "each wait is bounded by what is left of the mount's time, so each has a timer"),
     ("timeout asyncio/", "each wait is bounded by what is left of the mount's time, so each has a timer"),
     ("create_task asyncio/", "one task a read, so that reads go out at once and whoever asks again joins it"),
-    ("Session._holding provider/", "a read that may issue a credential holds the session against another daemon"),
     (
         "provider/sessions/",
         "the session's own rules: what is kept, joined, shared; without them each re-mount issues anew",
     ),
-    ("provider/http/", "a request is written, and a connection for it found, waited for and kept"),
+    (
+        "provider/http/",
+        "a request is written and its answer waited for, on a connection that is found, bounded and kept",
+    ),
     ("provider/vault/", "one request as Vault wants it, its answer checked; a few microseconds a read"),
     ("provider/server/", "the driver's messages, decoded, checked and encoded"),
     ("provider/telemetry/", "a line of JSON for each mount"),
@@ -245,8 +246,8 @@ def _reference(results: Results) -> str:
         "The limits in seconds were set on another machine, so the same run also measures a yardstick, a program that "
         f"is not ours: the CPU of aiohttp under uvloop, {IN_FLIGHT} requests in flight, for one read of one secret "
         f"from OpenBao, with no proxy between. Here that is {_ms(results.yardstick, 2)}, where the limits were set it "
-        f'was {REFERENCE_READ_MS:g} ms, with hvac around it; the factor is {slowness(results):.1f}. Column "at the '
-        "reference's speed\" is the measured time divided by that factor: a computation and not a measurement. A wall "
+        f"was {REFERENCE_READ_MS:g} ms, with hvac around it, so the factor, {slowness(results):.1f}, is rather "
+        'too small than too large. Column "at the reference\'s speed" is the measured time divided by that factor: a computation and not a measurement. A wall '
         "time also depends on OpenBao's speed on the same cores, which the factor covers only roughly, and on round "
         "trips, which no machine shortens.\n"
     )
