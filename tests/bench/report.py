@@ -246,11 +246,10 @@ def _reference(results: Results) -> str:
         "The limits in seconds were set on another machine, so the same run also measures a yardstick, a program that "
         f"is not ours: the CPU of aiohttp under uvloop, {IN_FLIGHT} requests in flight, for one read of one secret "
         f"from OpenBao, with no proxy between. Here that is {_ms(results.yardstick, 2)}, where the limits were set it "
-        f"was {REFERENCE_READ_MS:g} ms, with hvac around it, so the factor, {slowness(results):.1f}, is rather too small "
-        "than too large. A time at the reference's speed is the measured one divided by that factor: a computation and "
-        "not a measurement. A wall "
-        "time also depends on OpenBao's speed on the same cores, which the factor covers only roughly, and on round "
-        "trips, which no machine shortens.\n"
+        f"was {REFERENCE_READ_MS:g} ms, with hvac around it, so the factor, {slowness(results):.1f}, is rather too "
+        "small than too large. A time at the reference's speed is the measured one divided by that factor: a "
+        "computation and not a measurement. A wall time also depends on OpenBao's speed on the same cores, which the "
+        "factor covers only roughly, and on round trips, which no machine shortens.\n"
     )
 
 
