@@ -149,7 +149,8 @@ def _later(own: Lifetime, other: Lifetime) -> None:
 
 def _fields(record: Any) -> dict[str, Any]:
     """A dataclass's own fields. Not ``asdict``, which copies all that is below, the responses too."""
-    return {name: getattr(record, name) for name in _names(type(record))}
+    kind: Any = type(record)  # which mypy does not take for hashable
+    return {name: getattr(record, name) for name in _names(kind)}
 
 
 @functools.cache

@@ -54,11 +54,16 @@ def on_loops(test: Callable[..., Coroutine[None, None, None]], *names: str) -> C
     return marked
 
 
+def on_both_loops(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
+    """The same on all event loops there are."""
+    return on_loops(test, *_LOOPS)
+
+
 def both_loops(tests: _C) -> _C:
     """A class whose coroutines that test run on either event loop."""
     for name, value in [*vars(tests).items()]:
         if name.startswith("test") and inspect.iscoroutinefunction(value):
-            setattr(tests, name, on_loops(value, *_LOOPS))
+            setattr(tests, name, on_both_loops(value))
     return tests
 
 
