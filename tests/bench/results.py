@@ -139,7 +139,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Results:
         idle = scenarios.idle(stand, plan.idle_seconds, plan.pods)
         say("Vault Agent as a sidecar")
         beside = [agents(stand, pods, plan.agent_runs) for pods in plan.agents]
-        # Last: once OpenBao's storage in memory holds values of megabytes, a boot's requests cost it five times the CPU.
+        # Last, as it leaves OpenBao slow.
         say("large volumes with small ones beside")
         with stand.daemon() as daemon:
             small_alone, large = scenarios.large(stand, daemon, plan.boots)
