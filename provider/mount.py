@@ -99,15 +99,15 @@ class _Made:
     files: tuple[RenderedFile, ...] = field(repr=False)
     versions: tuple[tuple[str, str], ...]
     marks: Mapping[str, str]
+    size: int
+    """Bytes of all files."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A mount that succeeded: its result, what each object was read with, and a mark of each object's files."""
+    """A mount that succeeded: what was made, what each object was read with, and what the reads gave."""
 
-    files: tuple[RenderedFile, ...]
-    versions: tuple[tuple[str, str], ...]
-    marks: Mapping[str, str]
+    made: _Made
     reads: Sequence[tuple[Read, ...]]
     fetched: Fetched
 
@@ -161,11 +161,11 @@ class Mounter:
             extra={
                 "pod": str(spec.pod),
                 "secret_provider_class": spec.class_name,
-                "files": len(done.files),
+                "files": len(done.made.files),
                 "milliseconds": round(seconds * 1000),
             },
         )
-        return MountResult(done.files, done.versions, _event(spec, done, seconds))
+        return MountResult(done.made.files, done.made.versions, _event(spec, done, seconds))
 
     def _warn(self, spec: MountSpec) -> None:
         """Log what is odd about the class, once: its volumes are mounted again every minute."""
@@ -196,9 +196,8 @@ class Mounter:
         made = fetched.made
         if not isinstance(made, _Made) or made.key != key or made.objects != spec.objects:
             made = await self._make(spec, reads, fetched.answers, key, deadline)
-        small = sum([len(file.contents) for file in made.files]) <= MAX_MADE_BYTES
-        self._sessions.settle(spec, made.secrets, made if small else None)
-        return _Done(made.files, made.versions, made.marks, reads, fetched)
+        self._sessions.settle(spec, made.secrets, made if made.size <= MAX_MADE_BYTES else None)
+        return _Done(made, reads, fetched)
 
     async def _make(
         self,
@@ -221,7 +220,8 @@ class Mounter:
             # Their files may be thousands.
             files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, key)
         marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
-        return _Made(spec.objects, key, secrets, files, versions, marks)
+        size = sum([len(file.contents) for file in files])
+        return _Made(spec.objects, key, secrets, files, versions, marks, size)
 
     async def _rendered(
         self, spec: MountSpec, reads: Sequence[tuple[Read, ...]], answers: Mapping[Read, VaultSecret | ProviderError]
@@ -371,12 +371,12 @@ def _mark(files: Files) -> str:
 
 def _event(spec: MountSpec, done: _Done, seconds: float) -> Mounted:
     """What is told of a mount that succeeded."""
-    fetched = done.fetched
+    made, fetched = done.made, done.fetched
 
     def objects() -> list[MountedObject]:
         return [
             _mounted(wanted, version, together, fetched)
-            for wanted, (_, version), together in zip(spec.objects, done.versions, done.reads, strict=True)
+            for wanted, (_, version), together in zip(spec.objects, made.versions, done.reads, strict=True)
         ]
 
     supplies = list(fetched.at_hand.values())
@@ -384,11 +384,11 @@ def _event(spec: MountSpec, done: _Done, seconds: float) -> Mounted:
     return Mounted(
         spec=spec,
         seconds=seconds,
-        files=len(done.files),
-        size=sum([len(file.contents) for file in done.files]),
-        marks=done.marks,
+        files=len(made.files),
+        size=made.size,
+        marks=made.marks,
         # Without the key an object has no version, and there is at least one that is not absent.
-        keyed=all(version for _, version in done.versions),
+        keyed=all(version for _, version in made.versions),
         accessor=fetched.accessor,
         read=len(fetched.answers) - len(supplies),
         kept=kept,

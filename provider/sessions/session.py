@@ -462,8 +462,6 @@ class Session:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    # -- the end ---------------------------------------------------------------------------------------------------
-
     def holds_nothing(self) -> bool:
         """Whether all that it ever had at Vault is over, so that it can be dropped without a word."""
         return not self._under_way and self._has.over()
