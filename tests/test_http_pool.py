@@ -29,6 +29,7 @@ from provider.http import (
     ProxyFailed,
     Response,
     TlsFailed,
+    lookups,
 )
 from provider.http.connection import Connection
 from tests.stand.pki import Authority
@@ -752,3 +753,23 @@ async def failing(pool: Pool) -> weakref.ref[HttpFailure]:
     except HttpFailure as error:
         return weakref.ref(error)
     pytest.fail("it answered")
+
+
+async def test_addresses_are_used_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is asked of the system once in KEPT_SECONDS, whatever the port; then again."""
+    asked: list[str] = []
+
+    def ask(host: str, *_: object, **__: object) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    kept = Lookups()
+    found = [await kept.find("vault.test", port) for port in (1, 2)]
+    assert [address[0][4] for address in found] == [("127.0.0.1", 1), ("127.0.0.1", 2)]
+    assert asked == ["vault.test"]
+    monkeypatch.setattr(lookups, "KEPT_SECONDS", 0.0)
+    again = Lookups()
+    for _ in range(2):
+        await again.find("vault.test", 1)
+    assert len(asked) == 3
