@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -59,23 +60,18 @@ class Crash:
 
 
 def _allow_core_dumps() -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, UNLIMITED)
+    # Only root raises the hard limit, and a container may lack even root's right to.
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, UNLIMITED)
 
 
-@pytest.fixture
-def dumping(tmp_path: Path) -> None:
-    """A machine on which a crash is dumped at all."""
-    try:
-        crash = Crash(IDLE, tmp_path / "control", ready="1")
-    except (ValueError, subprocess.SubprocessError):
-        pytest.skip("core dumps are off for this user, and nobody but root turns them on")
-    if not crash.dumped:
-        pytest.skip("the machine dumps no process")
-
-
-@pytest.mark.usefixtures("dumping")
 def test_crash_of_the_daemon_dumps_no_core(tmp_path: Path) -> None:
-    """Where another process' memory is dumped when it crashes, the daemon's is not, and the log has no word of it."""
+    """Where another process' memory is dumped when it crashes, the daemon's is not, and the log has no word of it.
+
+    On a machine that dumps nothing at all it is the limit that shows it, and the flag of the kernel, which
+    test_others_of_the_same_user_see_nothing looks at from outside.
+    """
+    control = Crash(IDLE, tmp_path / "control", ready="1")
     socket = tmp_path / "vault.sock"
     argv = [sys.executable, "-m", "tests.daemon", f"--endpoint={socket}", "--health-addr="]
     crash = Crash(argv, tmp_path / "daemon", ready="mounts are served")
@@ -83,7 +79,9 @@ def test_crash_of_the_daemon_dumps_no_core(tmp_path: Path) -> None:
     assert crash.left == set()
     assert all(json.loads(line) for line in crash.said.splitlines())
     # A node's crash reporter, which is a program, is given a dump unless the limit is just this.
-    assert crash.limit == (process.NO_CORE_BYTES, process.NO_CORE_BYTES) == (1, 1)
+    assert process.NO_CORE_BYTES == 1
+    highest = 1 if control.limit[1] == resource.RLIM_INFINITY else min(1, control.limit[1])
+    assert crash.limit == (highest, highest)
 
 
 async def test_worker_of_templates_dumps_no_core() -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import select
 import socket
 import sys
 import threading
@@ -547,8 +548,13 @@ async def test_what_cannot_be_answered_is_refused_and_disturbs_nobody(
 
 
 async def test_connections_that_say_nothing_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many connections are held open, a probe is answered: past the bound the oldest are cut off."""
+    """However many connections are held open, a probe is answered: past the bound the oldest are cut off.
+
+    Nor does the log have a word of it, which is a traceback for each of them where asyncio has its way.
+    """
     monkeypatch.setattr(http, "CONNECTION_SECONDS", 600.0)
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     async with serving({"/page": echo}) as port:
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS + 10)]
         for _, writer in held:
@@ -563,6 +569,19 @@ async def test_connections_that_say_nothing_keep_nobody_out(monkeypatch: pytest.
         assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
         for _, writer in held:
             writer.close()
+    assert told == []
+
+
+async def test_connections_of_one_moment_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of those that come before the loop has begun to serve the first, the oldest are cut off."""
+    monkeypatch.setattr(http, "CONNECTION_SECONDS", 600.0)
+    with contextlib.ExitStack() as stack:
+        async with serving({"/page": echo}) as port:
+            held = []
+            for _ in range(http.MAX_CONNECTIONS + 30):  # the loop sees none of them before all are there
+                held.append(stack.enter_context(socket.create_connection(("127.0.0.1", port))))
+            await until(lambda: select.select(held[:30], [], [], 0)[0] == held[:30])
+            assert select.select(held[30:], [], [], 0)[0] == []
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /large HTTP/1.1\r\n", b"GET /large HTTP/1.1\r\n\r\n"])

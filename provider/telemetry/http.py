@@ -112,20 +112,24 @@ class HttpServer:
                 _logger.info("%s is served", self._name, extra={"address": where})
                 return server
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # a coroutine runs in one
-        self._open[task] = None
-        if len(self._open) > MAX_CONNECTIONS:
-            next(iter(self._open)).cancel()
-        try:
-            # A caller who goes away, or takes too long, is not worth a word.
-            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                async with asyncio.timeout(CONNECTION_SECONDS):
-                    await self._exchange(reader, writer)
-        finally:
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            # Here and not in the coroutine, which never begins if it is cancelled at once.
             self._open.pop(task, None)
             writer.transport.abort()
+
+        # A task of our own: where asyncio makes it of a coroutine, Python 3.11.7 logs a traceback once it is cancelled.
+        task = asyncio.create_task(self._attend(reader, writer))
+        task.add_done_callback(ended)
+        self._open[task] = None
+        if len(self._open) > MAX_CONNECTIONS:
+            self._open.popitem(last=False)[0].cancel()
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A caller who goes away, or takes too long, is not worth a word.
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(CONNECTION_SECONDS):
+                await self._exchange(reader, writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         method = ""

@@ -96,18 +96,20 @@ async def serving(serve: Serve, server: Server, tls: ssl.SSLContext | None = Non
     """A server on a loopback port that does this with each connection, and closes it then."""
     tasks: set[asyncio.Task[None]] = set()
 
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server.accepted += 1
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
+    async def attend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await serve(reader, writer)
         finally:
-            tasks.discard(task)
             if not writer.is_closing():
                 writer.transport.abort()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of our own: where asyncio makes it from a coroutine, some releases tell the loop of its cancellation.
+        server.accepted += 1
+        task = asyncio.create_task(attend(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     listener = await asyncio.start_server(accept, "127.0.0.1", server.port, ssl=tls)
     server.port = listener.sockets[0].getsockname()[1]
