@@ -97,8 +97,9 @@ def test_properties(given: dict[str, Any]) -> None:
     assert text.count("\n") == len(given)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.dictionaries(st.from_regex("K_[A-Za-z0-9_]{1,8}", fullmatch=True), values, max_size=6), min_size=20))
+# Several at a time, for one process of sh.
+@settings(max_examples=100)
+@given(st.lists(st.dictionaries(st.from_regex("K_[A-Za-z0-9_]{1,8}", fullmatch=True), values, max_size=6), max_size=6))
 def test_dotenv(given: list[dict[str, Any]]) -> None:
     """A shell that reads the file has each variable with its very value, and runs nothing that is in it."""
     script: list[str] = []

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from provider.cli import flags
@@ -35,9 +35,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 # What all of them together may add to the process; each is answered within limits of its own.
 MEMORY_BYTES = 512 * MIB
 
-within = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+within = settings(max_examples=EXAMPLES)
 
 
 @pytest.fixture(scope="module")

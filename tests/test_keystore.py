@@ -92,7 +92,10 @@ def test_the_same_contents_are_the_same_bytes(issued: Issued, legacy: bool) -> N
     assert len(set(tails)) == len(tails)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12,
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+)
 @given(alias=st.text(BASIC, max_size=300), password=st.text(max_size=200), links=st.integers(0, 40))
 def test_structure_holds_any_lengths(issued: Issued, alias: str, password: str, links: int) -> None:
     """However long alias, password and chain are, the MAC is right and all parts are read back."""
