@@ -6,8 +6,8 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# No deadlines: how long an example takes is the machine's business, and no test asserts a time. Nor is it a failure that
-# examples take long to make, or that by chance some of the first were large.
+# No deadlines: how long an example takes is the machine's business, and no test asserts a time. Nor is it a failure
+# that examples take long to make, or that by chance some of the first were large.
 _HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=50, deadline=None, suppress_health_check=_HEALTH)
 settings.register_profile("ci", max_examples=200, deadline=None, suppress_health_check=_HEALTH, print_blob=True)

@@ -94,7 +94,7 @@ def test_the_same_contents_are_the_same_bytes(issued: Issued, legacy: bool) -> N
 
 @settings(
     max_examples=12,
-    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(alias=st.text(BASIC, max_size=300), password=st.text(max_size=200), links=st.integers(0, 40))
 def test_structure_holds_any_lengths(issued: Issued, alias: str, password: str, links: int) -> None:

@@ -624,7 +624,7 @@ SHAPES: dict[str, tuple[Role, Creds, float]] = {
 @days
 @settings(
     max_examples=2,
-    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 @given(st.integers(0, 2**32))
