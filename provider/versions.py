@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 from provider.spc.model import (
@@ -44,7 +44,12 @@ class Versions:
         self._definitions: dict[ObjectSpec, bytes] = {}
 
     def of(self, key: bytes | None, spec: ObjectSpec, files: Sequence[tuple[str, bytes]] | None) -> str:
-        """The version of an object with these files, each a path and its contents; None for an absent one's."""
+        """The version of an object with these ``files``, each a path and its contents; None for an absent one's.
+
+        64 hex digits, or "" where there is no key. Equal for an equal definition (path in the volume, requests with
+        their bodies, key, mode, encoding, shape) and equal files under one key, in every process that has the key;
+        different where any of them differs.
+        """
         if files is None:
             return ABSENT
         if key is None:
@@ -58,20 +63,6 @@ class Versions:
         return _version(key, definition, files[0][1]) if spec.plain else _shaped_version(key, definition, files)
 
 
-def object_version(key: bytes | None, spec: ObjectSpec, contents: bytes) -> str:
-    """The version of one plain object: 64 hex digits, or "" when there is no key.
-
-    Equal for an equal definition (path in the volume, request with its body, key, mode, encoding) and equal
-    ``contents`` under one key, in every process that has the key; different when any of them differs.
-    """
-    return "" if key is None else _version(key, _definition(spec), contents)
-
-
-def shaped_version(key: bytes | None, spec: ObjectSpec, files: Iterable[tuple[str, bytes]]) -> str:
-    """The same of an object that is not plain, over its definition and its ``files``, each a path and its contents."""
-    return "" if key is None else _shaped_version(key, _shaped_definition(spec), files)
-
-
 def _version(key: bytes, definition: bytes, contents: bytes) -> str:
     mac = _keyed(key).copy()
     mac.update(definition)
@@ -79,7 +70,7 @@ def _version(key: bytes, definition: bytes, contents: bytes) -> str:
     return mac.hexdigest()
 
 
-def _shaped_version(key: bytes, definition: bytes, files: Iterable[tuple[str, bytes]]) -> str:
+def _shaped_version(key: bytes, definition: bytes, files: Sequence[tuple[str, bytes]]) -> str:
     mac = _keyed(key).copy()
     mac.update(definition)
     for path, contents in files:

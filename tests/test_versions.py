@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from provider import versions
 from provider.redact import Sensitive
 from provider.spc.model import Encoding, ObjectSpec, SecretRequest
-from provider.versions import ABSENT, Versions, object_version, shaped_version
+from provider.versions import ABSENT, Versions
 from tests.spc_classes import parse_class, plain
 from tests.tools import ROOT
 
@@ -50,17 +50,22 @@ specs = st.builds(
 contents = st.binary(max_size=3)
 
 
+def version_of(key: bytes | None, spec: ObjectSpec, content: bytes) -> str:
+    """The version of a plain object, by a daemon that has just started."""
+    return Versions().of(key, spec, [(spec.name, content)])
+
+
 def test_without_a_key_the_version_is_empty() -> None:
     """No key, no version: a plain hash would let anybody test guesses of the content."""
-    assert object_version(None, SPEC, b"content") == ""
+    assert version_of(None, SPEC, b"content") == ""
 
 
 def test_the_version_is_an_hmac_under_the_key() -> None:
     """A version is 64 hex digits, the same each time, and another under another key."""
-    version = object_version(KEY, SPEC, b"content")
+    version = version_of(KEY, SPEC, b"content")
     assert len(bytes.fromhex(version)) == 32
-    assert version == object_version(KEY, SPEC, b"content")
-    assert version != object_version(KEY[::-1], SPEC, b"content")
+    assert version == version_of(KEY, SPEC, b"content")
+    assert version != version_of(KEY[::-1], SPEC, b"content")
 
 
 def test_the_layout_is_the_documented_one() -> None:
@@ -69,13 +74,13 @@ def test_the_layout_is_the_documented_one() -> None:
     (documented,) = re.findall(r"^    (\('vault-csi-provider object version 1'.*\))$", page, re.MULTILINE)
     spec = plain("db/password", SecretRequest("GET", "secret/data/app"), "password", 0o640)
     message = documented.encode() + b"content"
-    assert object_version(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
+    assert version_of(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
     message = (
         rb"""('vault-csi-provider object version 1', 'db/"pass\'word', """
         rb"""('GET', 'ecommerce/data/app', (('version', '2'),), '{"ttl":"1h"}'), 'p\xe4ssword', 416, 'utf-8')content"""
     )
     spec = changed(name="db/\"pass'word", key="pässword")
-    assert object_version(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
+    assert version_of(KEY, spec, b"content") == hmac.new(KEY, message, hashlib.sha256).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -98,12 +103,12 @@ def test_the_layout_is_the_documented_one() -> None:
 )
 def test_each_field_of_the_definition_counts(other: ObjectSpec) -> None:
     """Any change of the object's definition, its request body included, is a new version."""
-    assert object_version(KEY, other, b"content") != object_version(KEY, SPEC, b"content")
+    assert version_of(KEY, other, b"content") != version_of(KEY, SPEC, b"content")
 
 
 def test_the_content_counts() -> None:
     """Rotated content is a new version."""
-    assert object_version(KEY, SPEC, b"content") != object_version(KEY, SPEC, b"contents")
+    assert version_of(KEY, SPEC, b"content") != version_of(KEY, SPEC, b"contents")
 
 
 @given(specs, contents, specs, contents)
@@ -111,7 +116,7 @@ def test_only_equal_objects_have_equal_versions(
     spec: ObjectSpec, content: bytes, other: ObjectSpec, changed: bytes
 ) -> None:
     """Nothing can move from one field to the next without changing the version."""
-    equal = object_version(KEY, spec, content) == object_version(KEY, other, changed)
+    equal = version_of(KEY, spec, content) == version_of(KEY, other, changed)
     assert equal == ((spec, content) == (other, changed))
 
 
@@ -121,19 +126,19 @@ def test_bytes_that_change_fields_change_the_version(first: str, second: str, co
     letters = first + second
     spec = changed(name=first, request=SecretRequest(second, ""))
     moved = changed(name=letters[:split], request=SecretRequest(letters[split:], ""))
-    equal = object_version(KEY, spec, content) == object_version(KEY, moved, content)
+    equal = version_of(KEY, spec, content) == version_of(KEY, moved, content)
     assert equal == (spec == moved)
 
 
-def test_versions_of_a_daemon_are_those_of_the_layouts() -> None:
-    """Remembering definitions changes no version, plain or not, key or not, of any object."""
+def test_remembering_changes_no_version() -> None:
+    """A daemon that has seen an object before gives it the version of one that has not, plain or not, key or not."""
     kept = Versions()
     (shaped,) = parse_class("- {objectName: app, secretPath: b, secretKey: '*'}").objects
     files = [("app/a", b"1"), ("app/b", b"2")]
     for _ in range(2):
         for spec in (SPEC, changed(mode=0o600), changed(key="other")):
-            assert kept.of(KEY, spec, [(spec.name, b"content")]) == object_version(KEY, spec, b"content")
-        assert kept.of(KEY, shaped, files) == shaped_version(KEY, shaped, files)
+            assert kept.of(KEY, spec, [(spec.name, b"content")]) == version_of(KEY, spec, b"content")
+        assert kept.of(KEY, shaped, files) == Versions().of(KEY, shaped, files)
         assert kept.of(None, SPEC, [(SPEC.name, b"content")]) == ""
         assert kept.of(KEY, shaped, None) == kept.of(None, SPEC, None) == ABSENT
 

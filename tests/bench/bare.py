@@ -23,8 +23,8 @@ LARGEST: Final = 1024 * 1024
 """Bytes of an answer; these have some hundred."""
 
 
-async def boot(address: str, pods: Sequence[tuple[str, Sequence[str]]]) -> tuple[float, float]:
-    """Log in with each token, then read its paths at once; the seconds that all took, and those of CPU."""
+async def boot(address: str, role: str, pods: Sequence[tuple[str, Sequence[str]]]) -> tuple[float, float]:
+    """Log in to the role with each token, then read its paths at once; the seconds that all took, and those of CPU."""
     at = urlsplit(address)
     origin = Origin(at.hostname or "", at.port or 80)
     pool = Pool(origin, lookups=Lookups(), limit=CONNECTIONS, connect_seconds=CONNECT_SECONDS)
@@ -39,7 +39,7 @@ async def boot(address: str, pods: Sequence[tuple[str, Sequence[str]]]) -> tuple
         (await ask("GET", path, {"X-Vault-Token": token}))["data"]["data"]["value"]
 
     async def mount(jwt: str, paths: Sequence[str]) -> None:
-        login = json.dumps({"role": "app", "jwt": jwt}).encode()
+        login = json.dumps({"role": role, "jwt": jwt}).encode()
         token = (await ask("POST", "auth/kubernetes/login", {}, login))["auth"]["client_token"]
         await asyncio.gather(*(read(path, token) for path in paths))
 

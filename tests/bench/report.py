@@ -185,6 +185,9 @@ def render(results: Results, in_words: str) -> str:
         "had from it on this machine, beside this OpenBao. The last row is "
         f"{results.replicas.pods} replicas of one class on a daemon that knows the engine.\n",
         _boot(results),
+        f"OpenBao itself takes {_s(results.boot.vault_cpu)} of CPU for the bare client's logins and reads. Where the "
+        "pods' tokens have its `default` policy too, which it parses anew at each request, it takes "
+        f"{_s(results.boot.vault_cpu_default)}; [scale.md](scale.md#settings-that-matter) has what to grant instead.\n",
         "## An hour of re-mounts\n",
         f"{results.rotations[0].pods} pods, re-mounted every {REMOUNT_SECONDS:g} s for an hour, that is "
         f"{results.rotations[0].mounts:,} mounts; their first mounts are not in it. Requests are counted at the "
@@ -262,7 +265,8 @@ def _method(results: Results) -> str:
         "- The daemon is the program that daemonset/ runs, with its flags: version key from a Secret, sessions "
         "sealed in a directory in memory, pods swept, one line of JSON a mount.\n"
         "- OpenBao is a real server in dev mode, PostgreSQL too. Logins are of the kubernetes method, so each costs "
-        "OpenBao a TokenReview at the Kubernetes API's stand-in.\n"
+        "OpenBao a TokenReview at the Kubernetes API's stand-in. The pods' tokens do without the `default` policy, "
+        "unless it is said.\n"
         "- Between daemon and OpenBao stands a TCP proxy, a process of its own, that adds half a round trip each "
         "way (and a whole one for a new connection's handshake) and counts requests by method and path.\n"
         "- The driver's side is a process of its own, over one gRPC connection as the driver's. Each answer is "

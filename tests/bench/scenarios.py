@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tests.bench.load import BenchFailed, Driven, Lane, wall
-from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon
+from tests.bench.stand import DEFAULT, ENGINE_PATH, LOGIN_PATH, Bare, BenchStand, Daemon
 from tests.stand.latency import Passed
 
 OBJECTS: Final = 10
@@ -224,12 +224,15 @@ def single(stand: BenchStand, daemon: Daemon, objects: int, round_trip: float, r
 class Boot:
     """All pods of a node at once, before a daemon that has just started.
 
-    `bare_wall` and `bare_cpu` are what the same logins and reads take by `tests.bench.bare`.
+    `bare_wall` and `bare_cpu` are what the same logins and reads take by `tests.bench.bare`; `vault_cpu` what they take
+    of OpenBao, `vault_cpu_default` where the tokens have its default policy too.
     """
 
     pods: int
     bare_wall: Figure
     bare_cpu: Figure
+    vault_cpu: Figure
+    vault_cpu_default: Figure
     wall: Figure
     cpu: Figure
     listening: Figure
@@ -252,10 +255,12 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
     """A node's boot, each with a daemon of its own."""
     stand.proxy.delay(round_trip)
     results: list[tuple[float, ...]] = []
-    bare: list[tuple[float, float]] = []
+    bare: list[Bare] = []
+    under_default: list[float] = []
     passed = Passed({}, 0, 0)
     for _ in range(runs):
         bare.append(stand.bare(pods, OBJECTS))
+        under_default.append(stand.bare(pods, OBJECTS, DEFAULT).vault_cpu)
         lanes = boot_lanes(stand, pods)
         with stand.daemon() as daemon:
             time.sleep(0.5)  # what is done right after the start is not the boot's
@@ -267,8 +272,22 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
             expect(passed, "node boot", logins=pods, reads=pods * OBJECTS)
             results.append((wall(driven), cpu, daemon.started_in, idle, daemon.memory(), daemon.peak()))
     walls, cpus, starts, idles, afters, peaks = (figure(column) for column in zip(*results, strict=True))
-    bare_wall, bare_cpu = (figure(column) for column in zip(*bare, strict=True))
-    return Boot(pods, bare_wall, bare_cpu, walls, cpus, starts, idles, afters, peaks, count(passed), passed.most_open)
+    bare_wall, bare_cpu, vault_cpu = (figure(column) for column in zip(*bare, strict=True))
+    return Boot(
+        pods=pods,
+        bare_wall=bare_wall,
+        bare_cpu=bare_cpu,
+        vault_cpu=vault_cpu,
+        vault_cpu_default=figure(under_default),
+        wall=walls,
+        cpu=cpus,
+        listening=starts,
+        idle=idles,
+        after=afters,
+        peak=peaks,
+        requests=count(passed),
+        connections=passed.most_open,
+    )
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,11 @@ class OpenBao:
         self._await_active()
 
     @property
+    def pid(self) -> int:
+        """The server's process id."""
+        return self._running.pid
+
+    @property
     def address(self) -> str:
         """`http://127.0.0.1:PORT`, or `https://` with a certificate."""
         return f"{'https' if self._certificate else 'http'}://127.0.0.1:{self._port}"
