@@ -23,7 +23,7 @@ from provider.clock import SystemClock
 from provider.errors import LoginDenied, VaultUnavailable
 from provider.settings import MIB, TlsSettings
 from provider.spc import Login, MountSpec, Pod, SecretRequest, VaultServer
-from provider.telemetry import audit
+from provider.telemetry import audit, lines
 from provider.telemetry.audit import Audit, AuditFile
 from provider.telemetry.events import (
     AuditLost,
@@ -82,14 +82,14 @@ class Listener:
         self.room = True
         self._telemetry = Telemetry()
         volumes = Volumes(SystemClock())
-        self._audit = Audit(self._put, volumes, self.recorded.append, node="node-1")
-        self._audit.listen(self._telemetry)
+        self.audit = Audit(self._put, volumes, self.recorded.append, node="node-1")
+        self.audit.listen(self._telemetry)
         volumes.listen(self._telemetry)
 
-    def _put(self, line: str) -> bool:
-        if self.room:
+    def _put(self, line: str, *, last: bool = False) -> bool:
+        if self.room or last:
             self.texts.append(line)
-        return self.room
+        return self.room or last
 
     def __call__(self, event: Event) -> list[dict[str, Any]]:
         """The lines that come of `event`, without their times."""
@@ -343,11 +343,24 @@ def test_line_that_finds_no_room_is_counted_and_the_gap_told(listener: Listener)
     assert len(listener(Revocation(WHO, "a", Revoking.REVOKED, "pod gone", "", 0.1))) == 1
 
 
+def test_gap_before_the_end_is_told(listener: Listener) -> None:
+    """Lines that found no room before the daemon ended are counted in its last line, for which there is room."""
+    listener.audit.end()
+    assert listener.texts == []
+    listener.room = False
+    for _ in range(3):
+        listener(Revocation(WHO, "a", Revoking.REVOKED, "pod gone", "", 0.1))
+    listener.audit.end()
+    (told,) = map(json.loads, listener.texts)
+    assert (told["event"], told["lines"]) == ("lost", 3)
+
+
 def test_page_has_the_limits() -> None:
     """What the page says of bounds is what holds."""
     assert f"cut at {audit.MAX_TEXT:,} characters" in PAGE
     assert f"come to {audit.MAX_OBJECTS_TEXT // MIB} MiB" in PAGE
     assert f"Up to {MAX_WAITING:,} lines or {MAX_WAITING_BYTES // MIB} MiB wait" in PAGE
+    assert f"does not take within\n{lines.FLUSH_SECONDS:g} s is lost" in PAGE
 
 
 # --- the file ---------------------------------------------------------------------------------------------
@@ -541,6 +554,49 @@ def test_line_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
     assert keeping.lines() == ["one", "two-is", "two-is-too-long", "three"]
 
 
+TORN = '{"event":"remount","torn'
+
+
+def test_line_after_one_that_another_daemon_left_torn_is_whole(tmp_path: Path) -> None:
+    """A file that ends within a line, as a kill or a power loss leaves it, is gone on with on a line of its own."""
+    path = tmp_path / "audit.log"
+    path.write_text(f"one\n{TORN}")
+    with kept(path) as keeping:
+        keeping.put("two")
+        keeping.put("three")
+        # A daemon beside this one is killed, and what it had begun stays.
+        with path.open("a") as other:
+            other.write(TORN)
+        keeping.put("four")
+    assert path.read_text() == f"one\n{TORN}\ntwo\nthree\n{TORN}\nfour\n"
+
+
+@pytest.mark.parametrize("rotate", [rename_and_create, rename_alone, copy_and_truncate])
+def test_rotation_of_a_torn_file(tmp_path: Path, rotate: Callable[[Path], None]) -> None:
+    """What a rotated file ends with is no concern of the next one, whose first line is at its start."""
+    path = tmp_path / "audit.log"
+    with kept(path) as keeping:
+        keeping.put("one")
+        with no_file_larger_than(10):
+            assert keeping.file.put("two-is-too-long")
+            eventually(lambda: AuditOutage(True) in keeping.recorded, "the disk is full")
+            rotate(path)
+        eventually(lambda: AuditOutage(False) in keeping.recorded, "there is room again")
+        rotated = path.with_suffix(".1")
+        assert (rotated.read_text(), path.read_text()) == ("one\ntwo-is", "two-is-too-long\n")
+
+
+def test_torn_file_that_is_rotated_in(tmp_path: Path) -> None:
+    """A file that comes to the path while the daemon runs is looked at as one that was there when it started."""
+    path, torn = tmp_path / "audit.log", tmp_path / "torn"
+    torn.write_text(TORN)
+    with kept(path) as keeping:
+        keeping.put("one")
+        torn.rename(path)
+        keeping.put("two")
+    assert path.read_text() == f"{TORN}\ntwo\n"
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
 def test_only_a_regular_file_is_written(tmp_path: Path, kind: str) -> None:
     """A link, a pipe or a directory in the file's place is an outage: nobody else chooses what is written."""
@@ -561,13 +617,79 @@ def test_only_a_regular_file_is_written(tmp_path: Path, kind: str) -> None:
     assert elsewhere.read_text() == "precious\n"
 
 
-def test_what_cannot_be_written_at_the_end_is_counted(tmp_path: Path) -> None:
-    """A daemon that ends while its audit log cannot be written ends all the same, and counts what is lost."""
-    with kept(tmp_path / "gone" / "audit.log") as keeping:
-        for number in range(3):
-            assert keeping.file.put(str(number))
+def told_lost(caplog: pytest.LogCaptureFixture) -> list[int]:
+    """How many lines the log says are lost at the end."""
+    return [
+        record.__dict__["lines"]
+        for record in caplog.records
+        if record.message == "the daemon ends, and lines of the audit log are lost"
+    ]
+
+
+def test_what_cannot_be_written_at_the_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A daemon that ends while its audit log cannot be written ends all the same; the log says how many lines are lost.
+
+    Those are the ones that waited and the ones for which there was no room, and not the line that tells of these.
+    """
+    with kept(tmp_path / "gone" / "audit.log", capacity=5) as keeping:
+        assert keeping.file.put("0")
         eventually(lambda: AuditOutage(True) in keeping.recorded, "it is not written")
-    assert sum(event.lines for event in keeping.recorded if isinstance(event, AuditLost)) == 3
+        assert [keeping.file.put(str(number)) for number in range(1, 9)].count(False) == 3
+        assert keeping.file.put("so many are lost", last=True)
+    assert told_lost(caplog) == [9]
+
+
+def test_what_waits_at_the_end_is_tried_once_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file can be written again by the end, all that waited is written, and last how many lines are lost."""
+    monkeypatch.setattr(audit, "RETRY_SECONDS", 3600.0)
+    path = tmp_path / "gone" / "audit.log"
+    with kept(path, capacity=5) as keeping:
+        assert keeping.file.put("0")
+        eventually(lambda: AuditOutage(True) in keeping.recorded, "it is not written")
+        assert [keeping.file.put(str(number)) for number in range(1, 9)].count(False) == 3
+        assert keeping.file.put("so many are lost", last=True)
+        path.parent.mkdir()
+    assert keeping.lines() == [*"012345", "so many are lost"]
+    assert told_lost(caplog) == []
+    assert caplog.records[-1].__dict__["lines_lost"] == 3
+
+
+def test_disk_that_fills_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of lines of which the disk takes some, the log counts those that it did not take whole."""
+    path = tmp_path / "audit.log"
+    path.write_text("one\n")
+    with no_file_larger_than(11), kept(path) as keeping:
+        for line in ("two", "three", "four"):
+            assert keeping.file.put(line)
+    assert path.read_text() == "one\ntwo\nthr"
+    assert told_lost(caplog) == [2]
+
+
+def test_disk_that_hangs_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that does not come back holds up no daemon's end; its lines and those that wait are told to be lost."""
+    monkeypatch.setattr(lines, "FLUSH_SECONDS", 0.1)
+    hung, go_on, write = threading.Event(), threading.Event(), os.write
+    path = tmp_path / "audit.log"
+
+    def hang(descriptor: int, data: bytes) -> int:
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            hung.set()
+            go_on.wait(60)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", hang)
+    try:
+        with kept(path) as keeping:
+            assert keeping.file.put("one")
+            assert hung.wait(60)
+            assert keeping.file.put("two")
+        assert told_lost(caplog) == [2]
+    finally:
+        go_on.set()
 
 
 def test_waiting_lines_are_bounded_in_bytes() -> None:

@@ -56,7 +56,7 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
     async with contextlib.AsyncExitStack() as stack:
         if settings.audit_log != "off":
             # Before the parts, so that it ends after them and tells how they ended.
-            _audit(settings, telemetry, volumes, stderr.put, stack)
+            _audit(settings, telemetry, volumes, stderr, stack)
         servers = VaultServers(
             clock=clock,
             proxy=settings.vault_proxy_addr,
@@ -107,12 +107,12 @@ def _audit(
     settings: Settings,
     telemetry: Telemetry,
     volumes: Volumes,
-    stderr: Callable[[str], bool],
+    stderr: LineWriter,
     stack: contextlib.AsyncExitStack,
 ) -> None:
-    """Write the audit log from now on; its file is closed with ``stack``."""
+    """Write the audit log from now on; it ends, and its file is closed, with ``stack``."""
     # A daemon without one does not pay for it.
-    from provider.telemetry.audit import Audit, AuditFile
+    from provider.telemetry.audit import Audit, AuditFile, Put
 
     loop = asyncio.get_running_loop()
 
@@ -120,12 +120,13 @@ def _audit(
         with contextlib.suppress(RuntimeError):  # the loop has ended, and so has the telling
             loop.call_soon_threadsafe(telemetry.record, event)
 
-    put = stderr
+    put: Put = stderr.put
     if settings.audit_log != "stderr":
         put = stack.enter_context(AuditFile(settings.audit_log, record)).put
     audit = Audit(put, volumes, telemetry.record, node=settings.node_name)
     audit.begin()
     audit.listen(telemetry)
+    stack.callback(audit.end)
 
 
 async def _keep_running(name: str, work: Callable[[], Awaitable[None]]) -> None:

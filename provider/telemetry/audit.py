@@ -13,7 +13,7 @@ import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from provider import __version__
 from provider.errors import LoginDenied
@@ -58,15 +58,21 @@ REFUSED: Final = "refused"
 UNANSWERED: Final = "unanswered"
 
 
+class Put(Protocol):
+    """What takes a line to be written: LineWriter's ``put``, or an AuditFile's."""
+
+    def __call__(self, line: str, *, last: bool = False) -> bool:
+        """Whether there was room for ``line``; there always is for the ``last``."""
+        ...
+
+
 class Audit:
-    """Tells of events in lines that it hands to ``put``, which says whether there was room.
+    """Tells of events in lines that it hands to ``put``.
 
     ``volumes`` must listen after this. ``record`` is told of lines that are lost.
     """
 
-    def __init__(
-        self, put: Callable[[str], bool], volumes: Volumes, record: Callable[[Event], None], *, node: str
-    ) -> None:
+    def __init__(self, put: Put, volumes: Volumes, record: Callable[[Event], None], *, node: str) -> None:
         self._put = put
         self._volumes = volumes
         self._record = record
@@ -85,6 +91,11 @@ class Audit:
         """Tell that the daemon has started, and so will tell of every volume's next mount."""
         self._write(self._line("start", OK, None) | {"daemon_version": __version__})
 
+    def end(self) -> None:
+        """The daemon ends: lines that are missing are told of, since none comes after them."""
+        if self._lost:
+            self._write(self._gap(), last=True)
+
     def listen(self, telemetry: Telemetry) -> None:
         """Write lines from now on of events that are for the audit log."""
         telemetry.listen(self._take, *self._tellers)
@@ -93,14 +104,17 @@ class Audit:
         told = self._tellers[type(event)](event)
         if told is None:
             return
-        if self._lost and self._write(self._line("lost", OK, None) | {"lines": self._lost}):
+        if self._lost and self._write(self._gap()):
             self._lost = 0
         if not self._write(told):
             self._lost += 1
             self._record(AuditLost(1))
 
-    def _write(self, told: dict[str, Any]) -> bool:
-        return self._put(json.dumps(told, ensure_ascii=False, separators=(",", ":")))
+    def _gap(self) -> dict[str, Any]:
+        return self._line("lost", OK, None) | {"lines": self._lost}
+
+    def _write(self, told: dict[str, Any], *, last: bool = False) -> bool:
+        return self._put(json.dumps(told, ensure_ascii=False, separators=(",", ":")), last=last)
 
     def _mounted(self, event: Mounted) -> dict[str, Any] | None:
         spec, change = event.spec, self._volumes.change(event)
@@ -229,7 +243,9 @@ class AuditFile:
         self._record = record
         self._descriptor = -1
         self._inode: tuple[int, int] | None = None
-        self._torn = False  # what was written last is a part of a line
+        self._left = b""  # lines that are to be written next
+        self._written = 0
+        self._has_last = False
         self._failing = False
         self._changing = threading.Lock()
         self._told_refused = 0
@@ -241,31 +257,36 @@ class AuditFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write what waits, and end; what cannot be written now is lost."""
+        """Write what waits, and end. What cannot be written now is lost, and the log says how many lines that is."""
         self._closing.set()
         if self._lines.close() and self._descriptor >= 0:
             os.close(self._descriptor)
+        unwritten = self._lines.taken - self._written
+        if unwritten:
+            # The last line tells of those that were refused, and is none of them.
+            lost = unwritten - self._has_last + self._lines.refused - self._told_refused
+            _log.error(
+                "the daemon ends, and lines of the audit log are lost", extra={"path": self._path, "lines": lost}
+            )
 
-    def put(self, line: str) -> bool:
-        """Have ``line`` written; False where too many wait already."""
-        if self._lines.put(line):
+    def put(self, line: str, *, last: bool = False) -> bool:
+        """Have ``line`` written; False where too many wait already, and it is not the ``last``."""
+        self._has_last |= last
+        if self._lines.put(line, last=last):
             return True
         self._fails("too many lines wait")
         return False
 
     def _write(self, lines: Sequence[bytes]) -> None:
-        left = b"".join(lines)
-        while left:
+        self._left += b"".join(lines)
+        while self._left:
             try:
                 self._follow()
-                left = self._append(left)
+                self._append()
             except OSError as error:
                 self._fails(error.strerror or str(error))
                 if self._closing.is_set():
-                    lost = left.count(b"\n")
-                    _log.error("lines of the audit log are lost", extra={"path": self._path, "lines": lost})
-                    self._record(AuditLost(lost))
-                    return
+                    return  # tried once more where there are others to be written
                 self._closing.wait(RETRY_SECONDS)
         self._works()
 
@@ -279,7 +300,7 @@ class AuditFile:
             if there == self._inode:
                 return
         # Whoever can put a link or a pipe there must not choose what is written, nor hold the writing up.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(self._path, flags, 0o600)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -287,7 +308,7 @@ class AuditFile:
             raise OSError(errno.EINVAL, "it is no regular file")
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor, self._inode, self._torn = descriptor, (status.st_dev, status.st_ino), False
+        self._descriptor, self._inode = descriptor, (status.st_dev, status.st_ino)
 
     def _there(self) -> tuple[int, int] | None:
         try:
@@ -296,13 +317,22 @@ class AuditFile:
             return None
         return status.st_dev, status.st_ino
 
-    def _append(self, data: bytes) -> bytes:
-        """Write ``data``, and return the lines of it that are not written to their end. Raises OSError."""
-        start = b"\n" if self._torn else b""
-        written = os.write(self._descriptor, start + data) - len(start)
-        whole = data.rfind(b"\n", 0, written) + 1
-        self._torn = written > whole
-        return data[whole:]
+    def _append(self) -> None:
+        """Write what is left, and leave the lines of it that are not written to their end. Raises OSError."""
+        start = b"\n" if self._torn() else b""
+        written = os.write(self._descriptor, start + self._left) - len(start)
+        whole = self._left.rfind(b"\n", 0, written) + 1
+        self._written += self._left.count(b"\n", 0, whole)
+        self._left = self._left[whole:]
+
+    def _torn(self) -> bool:
+        """Whether the file ends within a line.
+
+        That is asked of the file each time: a full disk, a kill or a power loss may have ended another daemon's line,
+        and logrotate may have emptied the file since.
+        """
+        size = os.fstat(self._descriptor).st_size
+        return size > 0 and os.pread(self._descriptor, 1, size - 1) not in (b"\n", b"")
 
     def _fails(self, reason: str) -> None:
         with self._changing:

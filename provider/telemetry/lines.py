@@ -37,20 +37,26 @@ class LineWriter:
         # Its lock may be taken twice by one thread: a finalizer that runs inside ``put`` may have something to log.
         self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.taken = 0
+        """How many lines found room, ever."""
         self.refused = 0
-        """How many lines found no room, ever."""
+        """How many found none."""
 
     def start(self) -> None:
         """Begin to write."""
         self._thread.start()
 
-    def put(self, line: str) -> bool:
-        """Whether there was room for ``line``, which has no end of its own; without, it is never written."""
+    def put(self, line: str, *, last: bool = False) -> bool:
+        """Whether there was room for ``line``, which has no end of its own; without, it is never written.
+
+        There always is for the ``last``, after which no more come.
+        """
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         with self._changed:
-            if len(self._waiting) >= self._capacity or self._size + len(data) > self._room:
+            if not last and (len(self._waiting) >= self._capacity or self._size + len(data) > self._room):
                 self.refused += 1
                 return False
+            self.taken += 1
             self._waiting.append(data)
             self._size += len(data)
             self._changed.notify()
