@@ -136,8 +136,16 @@ def test_a_shell_word_is_one_word(text: str) -> None:
         (Format.TOML, {"big": 2**63}, 'key "big" cannot be written as toml: it is an integer of more than 64 bits'),
         (Format.TOML, ["c4nary"], "the data cannot be written as toml: it is not a map of keys"),
         (Format.PROPERTIES, "c4nary", "the data cannot be written as properties: it is not a map"),
-        (Format.JSON, {"a": float("inf")}, "the data cannot be written as json: it holds a number that is not finite"),
-        (Format.YAML, {"a": [float("nan")]}, "it holds a number that is not finite"),
+        (Format.JSON, {"a": 1, "b": float("inf")}, 'key "b" cannot be written as json: it holds a number that is not'),
+        (
+            Format.YAML,
+            {"a": 1, "b": [float("nan")]},
+            'key "b" cannot be written as yaml: it holds a number that is not',
+        ),
+        (Format.DOTENV, {"A": 1, "B": float("inf")}, 'key "B" cannot be written as dotenv: it holds a number that is'),
+        (Format.JSON, [float("inf")], "the data cannot be written as json: it holds a number that is not finite"),
+        (Format.TOML, {"a": "1", "b": "c4nary\ud800"}, 'key "b" cannot be written as toml: it holds a character that'),
+        (Format.JSON, {"a": "1", "\ud800": "c4nary"}, "cannot be written as json: it holds a character that is no"),
     ],
 )
 def test_what_a_format_cannot_hold_names_the_key(form: Format, data: Any, told: str) -> None:
@@ -147,6 +155,27 @@ def test_what_a_format_cannot_hold_names_the_key(form: Format, data: Any, told: 
     assert told in describe(raised.value, form)
     assert "c4nary" not in describe(raised.value, form)
     assert raised.value.__context__ is None
+
+
+@pytest.mark.parametrize("shell", [["sh"], ["bash", "--norc"], ["bash", "--posix", "--norc"]])
+def test_variables_of_a_shell_are_refused_or_read_back(shell: list[str]) -> None:
+    """Whatever variable the shell has of its own: a value for it is read as it was written, or is an error."""
+    listed = subprocess.run(["bash", "--norc", "-c", "compgen -v"], capture_output=True, text=True, env={}, check=True)
+    # Those that exist in some modes alone, or after the first command of a kind.
+    names = {*listed.stdout.split(), "PIPESTATUS", "REPLY", "OPTARG", "OPTIND", "COPROC", "MAPFILE", "READLINE_LINE"}
+    assert {"UID", "BASH_VERSINFO", "IFS"} <= names
+    refused = set()
+    for name in sorted(names):
+        try:
+            text = write(Format.DOTENV, {name: "7 'x'"})
+        except Unwritable:
+            refused.add(name)
+            continue
+        script = text + f"""printf '%s' "${name}"\n"""
+        done = subprocess.run(shell, input=script, capture_output=True, text=True, env={})
+        assert (done.stdout, done.stderr, done.returncode) == ("7 'x'", "", 0), name
+    assert "IFS" not in refused
+    assert {"UID", "PPID", "PIPESTATUS"} <= refused
 
 
 @pytest.mark.parametrize("form", [Format.JSON, Format.YAML, Format.TOML, Format.PROPERTIES, Format.DOTENV])

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from provider.errors import BadSecret, Code, InvalidClass, ProviderError, SecretNotFound
 from provider.redact import Sensitive
@@ -24,7 +26,7 @@ from provider.render.job import Job
 from provider.sandbox import process
 from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
-from provider.spc import Login, MountSpec, ObjectSpec, Pod, SecretRequest, Source, Template, VaultServer
+from provider.spc import Format, Login, MountSpec, ObjectSpec, Pod, SecretRequest, Source, Template, VaultServer
 from provider.telemetry.events import Event, ProgramEnded, Telemetry
 from provider.versions import Versions
 from tests.spc_classes import parse_class
@@ -337,10 +339,12 @@ async def test_files_that_collide_are_named(node: Node, shop: EcommerceStand) ->
     assert files == {"d/user": b"1", "d/x": b"web"}
 
 
-async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes], list[ProviderError]]:
-    """What objects come to, with the data of one source each, without a Vault."""
-    made = Renderer(Telemetry())
-    specs = parse_class(objects).objects
+async def rendered(
+    objects: str | MountSpec, *data: dict[str, Any], renderer: Renderer | None = None
+) -> tuple[dict[str, bytes], list[ProviderError]]:
+    """What objects come to, with the data of one source each, without a Vault; by a renderer of their own or this."""
+    made = renderer or Renderer(Telemetry())
+    specs = (parse_class(objects) if isinstance(objects, str) else objects).objects
     responses = [{"data": one} for one in data]
     contents = Contents(len(specs))
     try:
@@ -348,7 +352,8 @@ async def rendered(objects: str, *data: dict[str, Any]) -> tuple[dict[str, bytes
             "volume", [Answered(spec, responses[: len(spec.sources)]) for spec in specs], "shop", contents
         )
     finally:
-        await made.close()
+        if renderer is None:
+            await made.close()
     files = [file for name, files in contents.made.items() for file in files]
     return {file.path: file.contents for file in files}, [error for error in errors if error is not None]
 
@@ -401,23 +406,39 @@ async def test_includes_and_excludes() -> None:
             'a…" of GET b, which is longer than 1024 characters',
         ),
         ("format: toml", {"a": None, "b": "c4nary"}, 'key "a" cannot be written as toml: it is null'),
-        ("format: yaml", {"a": "c4nary\ud800"}, "holds a character that is no Unicode text"),
+        (
+            "format: yaml",
+            {"a": "c4nary\ud800"},
+            'key "a" cannot be written as yaml: it holds a character that is no Unicode',
+        ),
+        (
+            "secretKey: a, format: toml",
+            {"a": {"b": None, "c": "c4nary"}},
+            'key "b" cannot be written as toml: it is null',
+        ),
+        (
+            "secretKey: a, format: yaml, encoding: hex",
+            {"a": "c4nary"},
+            'the value from key "a" of GET b is not valid hex',
+        ),
         ("jmesPath: a", {"b": "c4nary"}, "jmesPath on GET b finds nothing"),
         ("jmesPath: 'length(a)'", {"a": 1, "b": "c4nary"}, "its jmesPath: it calls a function with a value"),
         ("secretKey: a, jmesPath: b", {"a": "c4nary"}, "its jmesPath: it is of a value that holds no JSON"),
         ("secretKey: b, jmesPath: b", {"a": "c4nary"}, 'GET b has no key "b" (it has 1 key)'),
         ("jmesPath: a, encoding: base64", {"a": "c4nary!"}, "the value from jmesPath on GET b is not valid base64"),
         ("template: '{{ secret.b }}'", {"a": "c4nary"}, 'its template: line 1 speaks of "b", which is not defined'),
-        ("format: pem", {"a": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
-        ("format: pkcs12", {"a": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
+        ("format: pem", {"certificate": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
+        ("format: pkcs12", {"certificate": "c4nary"}, 'its key "certificate" holds no certificate in PEM'),
+        ("format: pem", {"tls.crt": "c4nary"}, 'GET b has no key "certificate" (it has 1 key)'),
+        ("format: pkcs12", {"tls.crt": "c4nary", "tls.key": ""}, 'GET b has no key "certificate" (it has 2 keys)'),
         (
             "format: pkcs12, passwordFrom: {secretPath: c, secretKey: d}",
-            {"a": "c4nary", "d": ["c4nary"]},
+            {"certificate": "c4nary", "d": ["c4nary"]},
             "the password of passwordFrom is no string",
         ),
         (
             "format: pkcs12, passwordFrom: {secretPath: c, secretKey: d}",
-            {"a": "", "d": "c4nary" * 200},
+            {"certificate": "", "d": "c4nary" * 200},
             "the password of passwordFrom is longer than 1024 characters",
         ),
         ("format: json", None, "the answer to GET b has no data"),
@@ -443,6 +464,71 @@ async def test_data_that_nests_endlessly_is_told(fields: str) -> None:
     assert "nested too deeply" in error.what
 
 
+@pytest.mark.parametrize(
+    ("fields", "value", "written"),
+    [
+        ("format: yaml", {"b": [1]}, b'"b":\n  - 1\n'),
+        ("format: json", {"b": [1]}, b'{"b":[1]}'),
+        ("format: toml", {"b": [1]}, b"b = [1]\n"),
+        ("format: dotenv", {"B": 1}, b"B='1'\n"),
+        ("format: properties", {"b": 1}, b"b=1\n"),
+        ("format: yaml", "text", b"text"),
+        ("format: yaml, encoding: base64", "YWI=", b"ab"),
+        ("format: yaml", 5, b"5\n"),
+    ],
+)
+async def test_a_value_that_is_no_text_is_written_in_its_format(fields: str, value: Any, written: bytes) -> None:
+    """A format with secretKey is for what is no text; text is itself, in its encoding."""
+    files, errors = await rendered("- {objectName: o, secretPath: b, secretKey: a, " + fields + "}", {"a": value})
+    assert (files, errors) == ({"o": written}, [])
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+documents = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab.-", max_size=3), inner, max_size=3)
+)
+# Fields that go together and fields that do not: what parses is to be written, whatever Vault has.
+classes = st.fixed_dictionaries(
+    {},
+    optional={
+        "secretKey": st.sampled_from(["a", "b", "'*'"]),
+        "jmesPath": st.sampled_from(["a", "'b[0]'", "'@'", "'*'", "'length(a)'"]),
+        "format": st.sampled_from([form.value for form in Format]),
+        "encoding": st.sampled_from(["utf-8", "hex", "base64"]),
+        "includes": st.just("[a]"),
+        "excludes": st.just("[b]"),
+        "optional": st.just("true"),
+        "legacy": st.just("true"),
+        "passwordFrom": st.just("{secretPath: c, secretKey: a}"),
+        "template": st.sampled_from(["'{{ secret.a }}'", "'{{ secret | json }}{{ other.b ~ 1 }}'"]),
+        "sources": st.just("{other: {secretPath: c, jmesPath: a}}"),
+    },
+)
+
+
+def test_whatever_parses_is_written_or_is_a_typed_error() -> None:
+    """No combination of fields that the parser takes, over any data, comes to more than a file or an error of ours."""
+    with asyncio.Runner() as runner:
+        renderer = Renderer(Telemetry())
+
+        @settings(max_examples=300)
+        @given(classes, st.dictionaries(st.sampled_from(["a", "b", "certificate", "x/y"]), documents, max_size=3))
+        def one(fields: dict[str, str], data: dict[str, Any]) -> None:
+            given = {"objectName": "o", "secretPath": "b"} | fields
+            try:
+                spec = parse_class("- {" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}")
+            except InvalidClass:
+                return
+            if not spec.objects[0].plain:
+                files, errors = runner.run(rendered(spec, data, data, renderer=renderer))
+                assert bool(files) is not bool(errors)
+
+        try:
+            one()
+        finally:
+            runner.run(renderer.close())
+
+
 async def test_a_wrong_template_is_told_before_anything_is_read(
     node: Node, shop: EcommerceStand, counted: Counted
 ) -> None:
@@ -461,8 +547,8 @@ async def test_a_wrong_template_is_told_before_anything_is_read(
     assert error.faults == (
         "objects (a) template: line 2 is not a template of Jinja2: Expected an expression, got 'end of statement block'"
         " (see https://jinja.palletsprojects.com/templates)",
-        'objects (b) template: line 1 speaks of "nosuch", which is not defined (check the name, or the secret: '
-        "{{ x | default('') }} allows it)",
+        'objects (b) template: line 1 speaks of "nosuch", which is no source of it (correct the name, or declare it in '
+        "sources)",
     )
     assert counted("ecommerce/data/app") == 0
 

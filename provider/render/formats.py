@@ -29,7 +29,17 @@ _SHELL_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHELL_OWN: Final = frozenset(
     {"_", "OPTIND", "PPID", "LINENO", "UID", "EUID", "GROUPS", "RANDOM", "SRANDOM", "SECONDS", "EPOCHSECONDS"}
     | {"EPOCHREALTIME", "HISTCMD", "DIRSTACK", "FUNCNAME", "SHELLOPTS", "BASHOPTS", "BASHPID", "BASH_ARGC"}
-    | {"BASH_ARGV", "BASH_COMMAND", "BASH_LINENO", "BASH_SOURCE", "BASH_SUBSHELL", "BASH_VERSINFO"}
+    | {
+        "BASH_COMPAT",
+        "BASH_XTRACEFD",
+        "PIPESTATUS",
+        "BASH_ARGV",
+        "BASH_COMMAND",
+        "BASH_LINENO",
+        "BASH_SOURCE",
+        "BASH_SUBSHELL",
+        "BASH_VERSINFO",
+    }
 )
 _BARE_TOML_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 # YAML's longest key on one line is of 1024 characters; longer ones take a question mark.
@@ -37,16 +47,29 @@ _LONG_KEY: Final = 1000
 
 
 def write(form: Format, data: object) -> str:
-    """``data`` in a format, with a newline at its end unless it is JSON or empty. Raises Unwritable."""
-    problem = "is nested too deeply"
+    """``data`` in a format, with a newline at its end unless it is JSON or empty; always Unicode. Raises Unwritable."""
+    text, problem = _attempt(form, data)
+    if not problem:
+        return text
+    key = ""
+    if isinstance(data, Mapping):
+        # One by one: each is a map that the format can hold or not.
+        key = next((key for key in sorted(data) if _attempt(form, {key: data[key]})[1]), "")
+    raise Unwritable(problem, key)
+
+
+def _attempt(form: Format, data: object) -> tuple[str, str]:
+    """``data`` in a format, or what is wrong with it. Raises Unwritable where that is known with its key."""
     try:
-        return _WRITERS[form](data)
+        text = _WRITERS[form](data)
+        text.encode()
     except RecursionError:
-        pass
-    except ValueError:
-        # Of JSON's: a number that is infinite or none.
-        problem = "holds a number that is not finite"
-    raise Unwritable(problem)
+        return "", "is nested too deeply"
+    except UnicodeEncodeError:
+        return "", "holds a character that is no Unicode text"
+    except ValueError:  # of JSON's
+        return "", "holds a number that is not finite"
+    return text, ""
 
 
 def describe(unwritable: Unwritable, form: Format) -> str:

@@ -106,6 +106,8 @@ class Job:
                 found = made.get(self.digest)
                 contents = found if isinstance(found, bytes) else _keystore(spec, shape, values)
                 made[self.digest] = contents
+            case SingleValue(key=str(key)) as shape if not self._runs:
+                contents = written(spec, values[0], shape.encoding, shape.format, f'key "{key}" of {spec.request}')
             case _:
                 result = made[self.digest]
                 contents = result if isinstance(result, bytes) else _outcome(spec, result)
@@ -126,9 +128,11 @@ def _values(spec: ObjectSpec, responses: Sequence[Mapping[str, Any]]) -> list[An
     return values
 
 
-def failed_program(spec: ObjectSpec, failure: Failure) -> BadSecret:
-    """The error of an object whose program failed."""
+def failed_program(spec: ObjectSpec, failure: Failure) -> ProviderError:
+    """The error of an object whose program failed: SecretNotFound if for what is not there, else BadSecret."""
     kind = "template" if isinstance(spec.shape, Template) else "jmesPath"
+    if failure.missing:
+        return missing(spec, f"its {kind}: {failure.what}", failure.advice)
     return BadSecret(f"{object_name(spec)}: its {kind}: {failure.what}", failure.advice)
 
 
@@ -226,6 +230,7 @@ def _not_a_name(prefix: str, key: str) -> str:
 def _pem(spec: ObjectSpec, data: Mapping[str, Any]) -> str:
     from provider.render import pki
 
+    _has_certificate(spec, data)
     problem = ""
     try:
         return pki.pem(data)
@@ -237,6 +242,7 @@ def _pem(spec: ObjectSpec, data: Mapping[str, Any]) -> str:
 def _keystore(spec: ObjectSpec, shape: Pkcs12, values: Sequence[Any]) -> bytes:
     from provider.render import pki
 
+    _has_certificate(spec, values[0])
     password = values[1] if shape.password_key is not None else ""
     if not isinstance(password, str):
         raise _unusable(spec, "the password of passwordFrom is no string")
@@ -248,6 +254,15 @@ def _keystore(spec: ObjectSpec, shape: Pkcs12, values: Sequence[Any]) -> bytes:
     except pki.Unusable as error:
         problem = error.problem
     raise _unusable(spec, problem)
+
+
+def _has_certificate(spec: ObjectSpec, data: Mapping[str, Any]) -> None:
+    if "certificate" not in data:
+        raise missing(
+            spec,
+            f'{spec.request} has no key "certificate" (it has {len(data)} key{"" if len(data) == 1 else "s"})',
+            "name its keys certificate, private_key and ca_chain, as Vault's PKI engine does, or make a template of it",
+        )
 
 
 def _utf8(spec: ObjectSpec, text: str) -> bytes:

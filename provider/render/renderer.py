@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from provider.errors import BadSecret, InvalidClass, ProviderError
+from provider.errors import InvalidClass, ProviderError
 from provider.redact import one_line
 from provider.render.contents import Contents
 from provider.render.job import Job, Made, failed_program
@@ -58,7 +58,7 @@ class Renderer:
         """Raise InvalidClass where a template among the objects is none, before anything is read for it.
 
         ``owner`` is who answers for the programs of the objects, the pod's namespace: it takes its turns with others.
-        Raises BadSecret where there was no time to tell.
+        Raises another ProviderError where there was no time to tell.
         """
         unknown: dict[bytes, ObjectSpec] = {}
         for spec in objects:
@@ -78,7 +78,7 @@ class Renderer:
         ]
         results = await self._run(checks, owner)
         faults: list[str] = []
-        untold: BadSecret | None = None
+        untold: ProviderError | None = None
         for (digest, spec), result in zip(unknown.items(), results, strict=True):
             if isinstance(result, Failure) and not result.final:
                 untold = untold or failed_program(spec, result)

@@ -100,13 +100,15 @@ class Failure:
     """A program failed: a sentence that names lines and names of the program, never a value; and what to do.
 
     ``final`` is whether it would fail again: what ran out of time may have had too little of the processor. ``limit``
-    is the bound that ended it: "cpu", "memory", "output" or "time"; "" where it failed by itself.
+    is the bound that ended it: "cpu", "memory", "output" or "time"; "" where it failed by itself. ``missing`` is
+    whether it asked for what the secrets do not have.
     """
 
     what: str
     advice: str
     final: bool = True
     limit: str = ""
+    missing: bool = False
 
 
 Result: TypeAlias = Outcome | Failure
@@ -324,14 +326,18 @@ class Sandbox:
 
 
 async def _start(control: socket.socket) -> asyncio.subprocess.Process:
-    """The worker, with nothing of the daemon's: no environment, no descriptor but the socket, no terminal."""
+    """The worker, with nothing of the daemon's: no environment, no descriptor but the socket, no terminal.
+
+    As ``-I`` would have it, but for the one variable that is set: a set of texts has an order that hangs on their
+    hashes, and would be another one after each restart and on each node. What collides on purpose costs its own second.
+    """
     with control:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-B", "-c", _CODE),
+            *(sys.executable, "-P", "-s", "-B", "-c", _CODE),
             stdin=control.fileno(),
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            env={},
+            env={"PYTHONHASHSEED": "0"},
             cwd="/",
             start_new_session=True,
         )
@@ -469,9 +475,10 @@ _STARVED: Final = Failure(
 _NOT_RUN: Final = Failure("it was not run, since one before it did not end", "see the first one", final=False)
 _SENTENCES: Final[Mapping[str, tuple[str, str]]] = {
     "syntax": ("is not a template of Jinja2: {name}", "see https://jinja.palletsprojects.com/templates"),
+    "unknown": ("speaks of {name}, which is no source of it", "correct the name, or declare it in sources"),
     "undefined": (
         "speaks of {name}, which is not defined",
-        "check the name, or the secret: {{ x | default('') }} allows it",
+        "check the name, or the secret: {{ x | default('') }} allows it; a method is called by ()",
     ),
     "autoescape": ("sets autoescape to what has to be computed", "write true or false"),
     "include": ("uses another template, and there is none", "write it into this one"),
@@ -497,11 +504,13 @@ def _failure(text: str) -> Failure:
         told = f"({name})" if code == "expression" and name else f'"{name}"' if code in _NAMING and name else str(name)
         sentence = what.replace("{name}", told or "a name")
         limit = code if code in _LIMITS else ""
-        return Failure(f"line {int(line)} {sentence}" if line else f"it {sentence}", advice, limit=limit)
+        sentence = f"line {int(line)} {sentence}" if line else f"it {sentence}"
+        return Failure(sentence, advice, limit=limit, missing=code in _MISSING)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _CRASHED
 
 
 _LIMITS: Final = frozenset({"memory", "output"})
 _NAMING: Final = frozenset({"undefined", "nothing"})
+_MISSING: Final = _NAMING
 _NO_MEMORY: Final = _failure('["memory", 0, ""]')

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import json
 import math
 import os
@@ -63,6 +64,8 @@ MAX_ORDER: Final = 256
 STARTED: Final = b"+"
 # Characters of a name that is told.
 _MAX_NAME: Final = 100
+# Names that are told together.
+_MAX_NAMES: Final = 5
 _TEMPLATE_FILE: Final = "<template>"
 
 _environment: ImmutableSandboxedEnvironment | None = None
@@ -124,10 +127,10 @@ def order(wanted: str, allowance: Allowance, wall: float) -> bytes:
 
 
 def _load(wanted: str) -> None:
-    """Import what a child will need; it can open no file. Some modules are imported only as an error is told."""
+    """Import what a child will need; it can open no file. Some modules are imported by an error, or by one filter."""
     if "T" in wanted and _environment is None:
         check("{% for x in names %}{{ x | json }}{% endfor %}", ["names"])
-        for text in ("{{ 'a' ~ absent }}", "{% wrong %}", "{{ ''.__class__ }}"):
+        for text in ("{{ 'a' ~ absent }}", "{% wrong %}", "{{ ''.__class__ }}", "{{ 'a' | striptags | wordwrap }}"):
             with contextlib.suppress(Failed):
                 render(text, {}, 100)
     if "J" in wanted:
@@ -278,16 +281,46 @@ def environment() -> ImmutableSandboxedEnvironment:
     """Jinja2 as templates have it: sandboxed, strict, without files, and the same each time it runs."""
     global _environment  # made once, before any fork
     if _environment is None:
-        from jinja2 import StrictUndefined, pass_eval_context
+        from jinja2 import StrictUndefined, Undefined, pass_eval_context
         from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandboxed
+        from jinja2.sandbox import safe_range
+
+        class Method(StrictUndefined):
+            """A method, which can be called. It is no data, so whoever takes it for a key finds that undefined."""
+
+            __slots__ = ("method",)
+
+            def __init__(self, method: Callable[..., Any], owner: Any, name: Any) -> None:
+                super().__init__(obj=owner, name=name)
+                self.method = method
 
         class Environment(Sandboxed):
-            """A sandbox in which a key of a map comes before a method of the same name."""
+            """A sandbox in which a key of a map comes before a method of the same name, and a method is no value."""
 
             def getattr(self, obj: Any, attribute: str) -> Any:
                 if isinstance(obj, dict) and attribute in obj:
                     return obj[attribute]
-                return super().getattr(obj, attribute)
+                return self._found(obj, attribute, super().getattr(obj, attribute))
+
+            def getitem(self, obj: Any, argument: Any) -> Any:
+                return self._found(obj, argument, super().getitem(obj, argument))
+
+            def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+                return super().call(context, obj.method if isinstance(obj, Method) else obj, *args, **kwargs)
+
+            def _found(self, obj: Any, name: Any, value: Any) -> Any:
+                if isinstance(value, Undefined) or not callable(value):
+                    return value
+                return Method(value, obj, name)
+
+        class Range:
+            """Jinja2's ``range``, which does not show an address."""
+
+            def __call__(self, *numbers: int) -> range:
+                return safe_range(*numbers)
+
+            def __repr__(self) -> str:
+                return "range"
 
         made = Environment(
             undefined=StrictUndefined,
@@ -302,13 +335,26 @@ def environment() -> ImmutableSandboxedEnvironment:
         # An unchanged secret is an unchanged file, so nothing is left to chance, nor to the address of an object.
         del made.filters["random"], made.filters["pprint"]
         del made.globals["lipsum"], made.globals["joiner"], made.globals["cycler"]
+        made.globals["range"] = Range()
         made.filters |= FILTERS
+        made.filters |= {name: _at_once(filter_) for name, filter_ in made.filters.items()}
         _environment = made
     return _environment
 
 
+def _at_once(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter, with a list where it gives its results one by one: what does that is no data, and has an address."""
+
+    @functools.wraps(filter_)
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        made = filter_(*args, **kwargs)
+        return list(made) if isinstance(made, Iterator) else made
+
+    return filtered
+
+
 def check(text: str, names: Sequence[str]) -> None:
-    """Raise Failed where ``text`` is no template, or speaks of a name that is none of ``names``."""
+    """Raise Failed where ``text`` is no template, or speaks of names that are none of ``names``: of all of them."""
     from jinja2 import meta, nodes
 
     made = environment()
@@ -320,10 +366,15 @@ def check(text: str, names: Sequence[str]) -> None:
     tracking.optimizer = None
     tracking.visit(tree)
     strange = tracking.undeclared_identifiers - {*names}
-    found = [node for node in tree.find_all(nodes.Name) if node.ctx == "load" and node.name in strange]
+    found: dict[str, int] = {}
+    for name in tree.find_all(nodes.Name):
+        if name.ctx == "load" and name.name in strange:
+            found[name.name] = min(name.lineno, found.get(name.name, name.lineno))
     if found:
-        first = min(found, key=lambda node: node.lineno)
-        raise Failed("undefined", first.lineno, first.name)
+        inorder = sorted(found, key=lambda strange: (found[strange], strange))
+        told = [f'"{name[:_MAX_NAME]}"' for name in inorder[:_MAX_NAMES]]
+        more = f", and {len(inorder) - len(told)} more" if len(inorder) > len(told) else ""
+        raise Failed("unknown", found[inorder[0]], ", ".join(told) + more)
 
 
 def _compiled(text: str) -> tuple[nodes.Template, Template]:
@@ -425,7 +476,7 @@ def _written(value: Any) -> Any:
     if isinstance(value, str):
         return value
     _known(value)
-    raise Unwritable("is neither text nor data; a list is made by | list, a method is called by ()")
+    raise Unwritable("is neither text nor data; a list is made by | list")
 
 
 def _finalized(_: object, value: Any) -> Any:
