@@ -49,13 +49,15 @@ from provider.telemetry.events import (
 )
 from provider.telemetry.http import Request
 from provider.telemetry.metrics import FAMILIES, MAX_FAILING, MAX_PATHS, MAX_SERIES, Metrics
-from provider.telemetry.volumes import Volumes
+from provider.telemetry.volumes import UNSHOWN_SECONDS, Volumes
 from tests.scrape import OPENMETRICS, Scrape
 from tests.test_volumes import Hand, mounted, pod, refused
 from tests.tools import ROOT
 
 ADDRESS = "https://vault.example"
 SERVER = VaultServer(ADDRESS, "", TlsSettings())
+# After this time without a mount one is late, of a volume that has not shown when it is mounted.
+LATE = 2 * UNSHOWN_SECONDS + 1
 WHO = Who(pod(), Login("kubernetes", "web", None), SERVER, "secrets")
 
 
@@ -87,6 +89,10 @@ class Told:
         answer = await self.metrics.page(Request("/metrics"))
         assert answer.content_type.startswith("text/plain; version=0.0.4")
         return Scrape(answer.body.decode())
+
+    async def over(self) -> float:
+        """Seconds to the end of the first lease that nothing is known to follow."""
+        return (await self.scrape()).value("vault_csi_lease_earliest_end_seconds", renewal="over")
 
     async def grown(self, *events: Event) -> dict[tuple[str, ...], float]:
         """What these events add, by name and label values, but for the process' own metrics and durations."""
@@ -252,6 +258,7 @@ async def test_state_is_that_of_the_scrape() -> None:
     scrape = await told.scrape()
     assert scrape.value("vault_csi_lease_earliest_end_seconds", renewal="over") == math.inf
     told.lost = 5
+    told.clock.time += LATE
     told.views = [
         _view(LeaseView("p", Kind.LEASED, "l", 300.0, renewed=True)),
         _view(
@@ -282,32 +289,89 @@ async def test_leases_of_pods_that_are_likely_gone_do_not_alarm() -> None:
     """Where nobody finds gone pods, the lease of one that is mounted no more ends as it should; else it is told."""
     told = Told()
     told.views = [_view(LeaseView("p", Kind.LEASED, "l", 10.0, renewed=False), mounted_ago=1000.0)]
-
-    async def earliest() -> float:
-        return (await told.scrape()).value("vault_csi_lease_earliest_end_seconds", renewal="over")
-
+    told.clock.time += LATE
     # No re-mount was ever seen: rotation may be off, and then this is the one sign of a credential that ends.
-    assert await earliest() == 10
-    told.tell(mounted({"a": "1"}), mounted({"a": "1"}))
-    assert await earliest() == math.inf
-    told.tell(Swept("", 0))
-    assert await earliest() == 10
+    assert await told.over() == 10
+    told.tell(mounted({"a": "1"}, name="other"), mounted({"a": "1"}, name="other"))
+    assert await told.over() == math.inf
+    told.tell(Swept("", 0), Swept("", 0))
+    assert await told.over() == 10
     told.tell(Swept("denied", 0))
-    assert await earliest() == math.inf
+    assert await told.over() == math.inf
+
+
+async def test_lease_that_the_next_mount_replaces_does_not_alarm() -> None:
+    """A lease of a minute and a half, replaced at each re-mount, is nobody's trouble, however little is left of it.
+
+    It is once its mounts fail, are late, or come too rarely.
+    """
+    told = Told()
+
+    def left(seconds: float) -> None:
+        told.views = [_view(LeaseView("p", Kind.LEASED, "l", seconds, renewed=False))]
+
+    for _ in range(3):
+        told.clock.time += 60
+        told.tell(mounted({"db": "1"}))
+        left(88.0)
+        scrape = await told.scrape()
+        assert scrape.value("vault_csi_lease_earliest_end_seconds", renewal="remount") == 88
+        assert scrape.value("vault_csi_lease_earliest_end_seconds", renewal="over") == math.inf
+    told.clock.time += 50
+    left(38.0)
+    assert await told.over() == math.inf
+    left(8.0)
+    assert await told.over() == 8
+    told.clock.time += 71
+    left(38.0)
+    assert await told.over() == 38
+    told.tell(mounted({"db": "2"}))
+    left(300.0)
+    assert await told.over() == math.inf
+    told.tell(refused())
+    assert await told.over() == 300
+
+
+async def test_lease_of_a_pod_that_may_be_gone_does_not_alarm() -> None:
+    """Where pods that are gone are found, one that is late is believed to live once it was looked for twice."""
+    told = Told()
+    told.tell(mounted({"db": "1"}), Swept("", 0))
+    told.views = [_view(LeaseView("p", Kind.LEASED, "l", 50.0, renewed=False))]
+    told.clock.time += LATE
+    assert await told.over() == math.inf
+    told.tell(Swept("", 0))
+    assert await told.over() == math.inf
+    told.clock.time += 60
+    told.tell(Swept("", 0))
+    assert await told.over() == 50
+
+
+async def test_new_daemon_waits_for_the_first_mounts() -> None:
+    """A daemon that has taken over the sessions of another alarms for no lease before its pods can have come again."""
+    told = Told()
+    told.views = [_view(LeaseView("p", Kind.LEASED, "l", 50.0, renewed=False), mounted_ago=math.inf)]
+    assert await told.over() == math.inf
+    told.clock.time += LATE
+    assert await told.over() == 50
 
 
 async def test_pods_whose_mounts_fail_are_named_while_they_do() -> None:
-    """A failing pod has a series with the seconds since, and whether it runs with an older content; then none."""
+    """A failing pod has a series with the seconds that its failures span, and whether it runs with an older content.
+
+    They grow by a further failure alone, and the series ends with a mount that succeeds.
+    """
     told = Told()
     name = "vault_csi_volume_failing_seconds"
     told.tell(refused(name="new"), mounted({"a": "1"}), refused())
     told.clock.time += 60
-    told.tell(refused(target="/other"))
+    told.tell(refused(target="/other"), refused())
     told.clock.time += 30
+    told.tell(refused(name="new"))
+    told.clock.time += 500
     scrape = await told.scrape()
     assert scrape.value(name, pod_namespace="shop", pod_name="new", mounted="false") == 90
-    assert scrape.value(name, pod_name="web-0", mounted="true") == 90
-    assert scrape.value(name, pod_name="web-0", mounted="false") == 30
+    assert scrape.value(name, pod_name="web-0", mounted="true") == 60
+    assert scrape.value(name, pod_name="web-0", mounted="false") == 0
     assert scrape.value("vault_csi_failing_volumes") == 3
     told.tell(mounted({"a": "1"}), mounted({"a": "1"}, target="/other"))
     assert [labels["pod_name"] for labels in (await told.scrape()).labels(name)] == ["new"]
@@ -320,6 +384,8 @@ async def test_pods_that_have_been_failing_longest_are_named(monkeypatch: pytest
     for name, target in (("old", "/first"), ("new", "/t"), ("old", "/second")):
         told.tell(refused(name=name, target=target))
         told.clock.time += 10
+    for name, target in (("old", "/second"), ("old", "/first"), ("new", "/t")):
+        told.tell(refused(name=name, target=target))
     scrape = await told.scrape()
     assert scrape.values("vault_csi_volume_failing_seconds", pod_name="old") == [30]
     assert scrape.values("vault_csi_volume_failing_seconds", pod_name="new") == []
@@ -437,7 +503,7 @@ async def test_who_asks_in_a_loop_is_given_the_same_answer(monkeypatch: pytest.M
 
 _PROBE = """
 import asyncio, ctypes, os, sys
-from provider.telemetry.volumes import Volumes
+from provider.telemetry.volumes import UNSHOWN_SECONDS, Volumes
 from provider.telemetry.metrics import Metrics
 from provider.telemetry.http import Request
 from provider.clock import SystemClock

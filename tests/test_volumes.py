@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,9 +88,8 @@ def test_volume_that_never_mounted_has_no_remount() -> None:
     assert not known.change(mounted({"a": "1"})).remount
 
 
-def test_failing_volumes_are_those_whose_last_mount_failed_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_volumes_are_those_whose_last_mount_failed_lately() -> None:
     """A failure is failing until a success, or until kubelet has not tried again for long; it says since when."""
-    monkeypatch.setattr(volumes, "FAILING_SECONDS", 100.0)
     clock = Hand()
     known = Volumes(clock)
     known.take(mounted({"a": "1"}))
@@ -104,10 +104,70 @@ def test_failing_volumes_are_those_whose_last_mount_failed_lately(monkeypatch: p
     assert (web.failure.code, web.failure.message, web.failure.at) == ("PERMISSION_DENIED", "no such secret", 1050.0)
     known.take(mounted({"a": "1"}))
     assert [volume.pod.name for volume in known.failing()] == ["other"]
-    clock.time += 101
+    assert known.fails(other)
+    assert not known.fails(web)
+    clock.time += volumes.FAILING_SECONDS + 1
     assert known.failing() == []
+    assert not known.fails(other)
     known.take(refused())
     assert known.failing()[0].failing_since == clock.time
+
+
+def test_failure_lasts_by_further_failures_alone() -> None:
+    """From the first failure to the last: a pod that is gone fails no longer than it did while it was there."""
+    clock = Hand()
+    known = Volumes(clock)
+    known.take(refused())
+    clock.time += 500
+    (volume,) = known.failing()
+    assert volume.failing_seconds == 0
+    known.take(refused())
+    clock.time += 500
+    assert volume.failing_seconds == 500
+    known.take(mounted({"a": "1"}))
+    assert volume.failing_seconds == 0
+
+
+def test_volume_that_is_mounted_rarely_fails_until_it_should_have_been_tried_twice() -> None:
+    """With a driver that mounts again once an hour a failure lasts to the next attempt; kubelet's retries show no
+    interval, nor does one night's suspension."""
+    clock = Hand()
+    known = Volumes(clock)
+    known.take(refused())
+    for gap in (5, 3600, 3600, 20_000, 3600):
+        clock.time += gap
+        known.take(mounted({"a": "1"}))
+    clock.time += 3600
+    known.take(refused())
+    for _ in range(3):
+        clock.time += 1
+        known.take(refused())
+    (volume,) = known.failing()
+    assert volume.interval == 3600
+    clock.time += 3700
+    assert known.failing() == [volume]
+    clock.time += 3600
+    assert known.failing() == []
+
+
+def test_when_a_pod_is_to_be_mounted_again() -> None:
+    """By the intervals that its volumes have shown, the slowest's; late after twice the time of the quickest."""
+    clock = Hand()
+    known = Volumes(clock)
+    began = clock.time
+    unshown = volumes.UNSHOWN_SECONDS
+    assert known.remounts()["uid-of-web-0"] == (began, began + 2 * unshown)
+    clock.time += 1000
+    known.take(mounted({"a": "1"}))
+    known.take(mounted({"a": "1"}, target="/slow"))
+    assert known.remounts()["uid-of-web-0"] == (2000.0, 2000.0 + 2 * unshown)
+    for gap, target in ((60, "/t"), (60, "/slow")):
+        clock.time += gap
+        known.take(mounted({"a": "1"}, target=target))
+    assert known.remounts()["uid-of-web-0"] == (2120.0 + 120, 2060.0 + 2 * 60)
+    assert known.remounts()["uid-of-other"] == (began, began + 2 * unshown)
+    known.take(refused(target="/slow"))
+    assert known.remounts()["uid-of-web-0"] == (math.inf, -math.inf)
 
 
 def test_latest_mounts_and_errors_come_first() -> None:

@@ -15,6 +15,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -47,7 +48,7 @@ from provider.telemetry.events import (
     VaultRequest,
 )
 from provider.telemetry.http import Answer, Request
-from provider.telemetry.volumes import Volume, Volumes
+from provider.telemetry.volumes import Remount, Volume, Volumes
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -207,8 +208,9 @@ EARLIEST_END: Final = Family(
     "vault_csi_lease_earliest_end_seconds",
     "gauge",
     ("renewal",),
-    "Seconds to the end of the lease or certificate that ends first, of those that are going to be renewed (due) and "
-    "of those that are not (over); +Inf where there is none.",
+    "Seconds to the end of the lease or certificate that ends first: of those that are going to be renewed (due), of "
+    "those that a re-mount is going to replace in time (remount), and of those that nothing is known to follow (over); "
+    "+Inf where there is none.",
     "seconds",
 )
 AWAY: Final = Family(
@@ -218,13 +220,16 @@ AWAY: Final = Family(
     "1 for a Vault that does not answer, so that mounts are refused at once. The one of the daemon's flags is always "
     "here.",
 )
-FAILING: Final = Family("vault_csi_failing_volumes", "gauge", (), "Volumes whose last mount failed.")
+FAILING: Final = Family(
+    "vault_csi_failing_volumes", "gauge", (), "Volumes whose last mount failed, and that are still tried."
+)
 FAILING_SECONDS: Final = Family(
     "vault_csi_volume_failing_seconds",
     "gauge",
     ("pod_namespace", "pod_name", "mounted"),
-    "Seconds since the mounts of a pod's volume began to fail, while they do. mounted says whether one had succeeded, "
-    f"so that the pod runs with what it had. The {MAX_FAILING} pods that have been failing longest.",
+    "Seconds from the first to the last failed mount of a pod's volume, while its mounts fail: 0 after one failure. "
+    "mounted says whether one had succeeded, so that the pod runs with what it had. "
+    f"The {MAX_FAILING} pods that have been failing longest.",
     "seconds",
 )
 BUILD: Final = Family("vault_csi_build", "info", ("version", "python"), "The daemon's version, and Python's.")
@@ -361,6 +366,8 @@ class Metrics:
         self._audit_outage = False
         self._away: set[VaultServer] = set()
         self._sweeping = False
+        # When pods that are gone were last looked for; after two such looks a session that is left is a living pod's.
+        self._swept_at: deque[float] = deque(maxlen=2)
         self._remounts = False
         self._takers: Mapping[type[Event], Callable[[Any], None]] = {
             VaultRequest: self._requested,
@@ -450,6 +457,8 @@ class Metrics:
         self.sweeps.add("failed" if event.error else "done")
         self.gone.add(by=event.gone)
         self._sweeping = not event.error
+        if self._sweeping:
+            self._swept_at.append(self._clock.now())
 
     def _breaker_changed(self, event: BreakerChanged) -> None:
         if event.open:
@@ -490,14 +499,16 @@ class Metrics:
 
     def _held(self, views: Sequence[SessionView]) -> Iterator[tuple[Family, Values]]:
         leases: dict[Labels, float] = {(kind.value,): 0 for kind in (Kind.LEASED, Kind.ISSUED)}
-        ends: dict[Labels, float] = {("due",): math.inf, ("over",): math.inf}
+        ends: dict[Labels, float] = {(renewal,): math.inf for renewal in ("due", "remount", "over")}
+        remounts = self._volumes.remounts()
         for view in views:
             gone = self._idle(view)
+            remount = remounts[view.who.pod.uid]
             for lease in view.leases:
                 leases[(lease.kind.value,)] += 1
                 if not gone:
-                    renewal = ("due",) if lease.renewed else ("over",)
-                    ends[renewal] = min(ends[renewal], lease.left)
+                    renewal = "due" if lease.renewed else "remount" if self._replaced(lease.left, remount) else "over"
+                    ends[(renewal,)] = min(ends[(renewal,)], lease.left)
         yield _one(SESSIONS, len(views))
         yield LEASES, leases
         yield EARLIEST_END, ends
@@ -505,6 +516,15 @@ class Metrics:
     def _idle(self, view: SessionView) -> bool:
         """Whether its pod is likely gone, where nobody says so: what was given to it is left to end."""
         return not self._sweeping and self._remounts and view.mounted_ago > IDLE_SECONDS
+
+    def _replaced(self, left: float, remount: Remount) -> bool:
+        """Whether what has ``left`` seconds is replaced by the pod's next mount, or its pod may be gone by now."""
+        now = self._clock.now()
+        if now + left < remount.at:
+            return False
+        late = now > remount.late_at
+        # Where pods that are gone are found, one that is late may be such until they were looked for twice.
+        return not late or (self._sweeping and (len(self._swept_at) < 2 or self._swept_at[0] <= remount.late_at))
 
     def _addresses(self) -> dict[Labels, float]:
         away: dict[Labels, float] = {(self._address,): 0}
@@ -514,14 +534,13 @@ class Metrics:
         return away
 
     def _longest(self, failing: Sequence[Volume]) -> dict[Labels, float]:
-        now = self._clock.now()
         longest: dict[Labels, float] = {}
-        # The latest to begin comes first, so that of a pod's volumes the one stays that has been failing longest.
-        for volume in sorted(failing, key=lambda volume: -(volume.failing_since or 0.0)):
+        # So that of a pod's volumes the one stays that has been failing longest.
+        for volume in sorted(failing, key=lambda volume: volume.failing_seconds):
             mounted = "false" if volume.mounted_at is None else "true"
             pod = (_label(volume.pod.namespace), _label(volume.pod.name), mounted)
             longest.pop(pod, None)
-            longest[pod] = now - (volume.failing_since or now)
+            longest[pod] = volume.failing_seconds
         return dict(list(longest.items())[-MAX_FAILING:])
 
 

@@ -6,10 +6,11 @@ section 1), so somebody has to remember what the one before was. Metrics, the au
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import math
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from provider.clock import Clock
 from provider.spc.model import Pod
@@ -21,8 +22,15 @@ MAX_VOLUMES: Final = 1000
 # The marks of all volumes together, which would be a million if each had a class of 1,000 objects: some 10 MB.
 MAX_MARKS: Final = 50_000
 # Seconds after which a failure that was not repeated is no longer one that lasts: kubelet tries again within 2 minutes,
-# and the driver mounts again about as often, so the pod is gone.
+# and the driver mounts again about as often, so the pod is gone. Twice the volume's own interval where that is longer,
+# as with a driver that is told to mount again once an hour.
 FAILING_SECONDS: Final = 600.0
+# The time between two mounts of a volume that has not shown its own: docs/contract.md section 1 has 60 to 90 s, and the
+# driver may skip one.
+UNSHOWN_SECONDS: Final = 210.0
+# Of a volume's times between mounts: the middle of three, so that neither one that comes early nor a night's suspension
+# counts for much.
+REMEMBERED_GAPS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +53,24 @@ class Failure:
     at: float
 
 
+class Remount(NamedTuple):
+    """When a pod should be mounted again, in the clock's time: ``at`` is when it is due, ``late_at`` when it is late.
+
+    Infinite and minus infinite where its mounts fail, so that none is to be counted on.
+    """
+
+    at: float
+    late_at: float
+
+
 @dataclass(slots=True)
 class Volume:
     """One volume. Times are the clock's, in seconds.
 
     ``mounted_at`` is None where no mount has succeeded, ``failure`` where none has failed: it stays after a success, as
-    ``failing_since`` does not, which is when the first of the failures since the last success came. ``kinds`` counts
-    the objects that it holds by what they are made of.
+    ``failing_since`` does not, which is when the first of the failures since the last success came. ``gaps`` are the
+    latest times from a success to the mount after it. ``kinds`` counts the objects that it holds by what they are made
+    of.
     """
 
     pod: Pod
@@ -62,9 +81,31 @@ class Volume:
     failures: int = 0
     failure: Failure | None = None
     failing_since: float | None = None
+    gaps: tuple[float, ...] = ()
     kinds: Mapping[Kind, int] = field(default_factory=dict)
     keyed: bool = False
     marks: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def failing_seconds(self) -> float:
+        """From the first to the last of the failures since the last success: it grows by a further one alone."""
+        if self.failure is None or self.failing_since is None:
+            return 0.0
+        return self.failure.at - self.failing_since
+
+    @property
+    def interval(self) -> float | None:
+        """The time between two of its mounts, in seconds, without kubelet's retries; None while it had no re-mount."""
+        return sorted(self.gaps)[len(self.gaps) // 2] if self.gaps else None
+
+    @property
+    def remount(self) -> Remount:
+        """When it should be mounted again."""
+        if self.mounted_at is None or self.failing_since is not None:
+            return Remount(math.inf, -math.inf)
+        interval = self.interval
+        late = 2 * (UNSHOWN_SECONDS if interval is None else interval)
+        return Remount(self.mounted_at + (interval or 0.0), self.mounted_at + late)
 
 
 class Volumes:
@@ -75,6 +116,7 @@ class Volumes:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._began = clock.now()
         # The one that was heard of last is last.
         self._volumes: OrderedDict[tuple[str, str], Volume] = OrderedDict()
         self._marks = 0
@@ -116,13 +158,28 @@ class Volumes:
         return sorted(failed, key=lambda volume: -volume.failure.at if volume.failure else 0.0)[:limit]
 
     def failing(self) -> list[Volume]:
-        """Volumes whose last mount failed less than FAILING_SECONDS ago, the latest first."""
-        since = self._clock.now() - FAILING_SECONDS
-        return [
-            volume
-            for volume in reversed(self._volumes.values())
-            if volume.failing_since is not None and volume.failure is not None and volume.failure.at >= since
-        ]
+        """Volumes whose mounts fail, the latest first."""
+        return [volume for volume in reversed(self._volumes.values()) if self.fails(volume)]
+
+    def fails(self, volume: Volume) -> bool:
+        """Whether its last mount failed, and so lately that another is to come: else its pod is likely gone."""
+        if volume.failing_since is None or volume.failure is None:
+            return False
+        return self._clock.now() <= volume.failure.at + max(FAILING_SECONDS, 2 * (volume.interval or 0.0))
+
+    def remounts(self) -> defaultdict[str, Remount]:
+        """When pods should be mounted again with all of their volumes, by UID.
+
+        A pod that is not known was mounted by an earlier process, and is due since this one began.
+        """
+        unknown = Remount(self._began, self._began + 2 * UNSHOWN_SECONDS)
+        pods: defaultdict[str, Remount] = defaultdict(lambda: unknown)
+        for volume in self._volumes.values():
+            one, all_of_them = volume.remount, pods.get(volume.pod.uid)
+            if all_of_them is not None:
+                one = Remount(max(one.at, all_of_them.at), min(one.late_at, all_of_them.late_at))
+            pods[volume.pod.uid] = one
+        return pods
 
     def _mounted(self, event: Mounted) -> None:
         spec = event.spec
@@ -132,7 +189,9 @@ class Volumes:
             self._marks += len(event.marks) - len(volume.marks)
             volume.marks, volume.keyed = event.marks, event.keyed
             volume.kinds = Counter(made.kind for made in event.objects())
-        volume.mounted_at = self._clock.now()
+        now = self._clock.now()
+        _show_interval(volume, now)
+        volume.mounted_at = now
         volume.mounts += 1
         volume.failing_since = None
         self._forget()
@@ -140,6 +199,7 @@ class Volumes:
     def _refused(self, event: MountRefused, pod: Pod) -> None:
         volume = self._volume(pod, event.class_name, event.target_path)
         now = self._clock.now()
+        _show_interval(volume, now)
         if volume.failing_since is None:
             volume.failing_since = now
         volume.failure = Failure(event.code, event.message, now)
@@ -160,3 +220,9 @@ class Volumes:
         while len(self._volumes) > MAX_VOLUMES or (self._marks > MAX_MARKS and len(self._volumes) > 1):
             _, volume = self._volumes.popitem(last=False)
             self._marks -= len(volume.marks)
+
+
+def _show_interval(volume: Volume, now: float) -> None:
+    """A mount of ``volume`` is over. After a failure kubelet or the driver may try again early, which shows nothing."""
+    if volume.mounted_at is not None and volume.failing_since is None:
+        volume.gaps = (*volume.gaps[1 - REMEMBERED_GAPS :], now - volume.mounted_at)
