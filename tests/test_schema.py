@@ -82,7 +82,8 @@ def test_every_field_is_there_with_its_meaning() -> None:
         "jmesPath: 'a[0]', format: yaml",
         "format: pkcs12, alias: web, legacy: true, passwordFrom: {secretPath: a, secretKey: b}",
         "template: x, sources: {a: {secretPath: b, method: PUT, secretArgs: {c: d}, jmesPath: e}}",
-        "lease: null, format: null, encoding: null, includes: null",
+        "lease: null, format: null, encoding: null, includes: null, alias: '', sources: null, template: ''",
+        "secretKey: '*', format: yaml, encoding: hex, jmesPath: ''",
     ],
 )
 def test_what_the_parser_takes_is_valid(fields: str) -> None:
@@ -110,6 +111,20 @@ def test_what_the_parser_takes_is_valid(fields: str) -> None:
         "template: x, sources: {a-b: {secretPath: c}}",
         "template: x, sources: {a: {method: GET}}",
         "template: x, sources: [a]",
+        "method: CONNECT",
+        "includes: [a]",
+        "secretKey: a, excludes: [b]",
+        "format: yaml, alias: web",
+        "legacy: true",
+        "passwordFrom: {secretPath: a, secretKey: b}",
+        "sources: {a: {secretPath: b}}",
+        "secretKey: '*', jmesPath: a",
+        "format: pkcs12, secretKey: a",
+        "format: pkcs12, jmesPath: a",
+        "format: pkcs12, encoding: hex",
+        "template: x, secretKey: a",
+        "template: x, encoding: hex",
+        "template: x, format: json",
     ],
 )
 def test_what_the_parser_refuses_is_not_valid(fields: str) -> None:

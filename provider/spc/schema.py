@@ -11,9 +11,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from provider.spc.parameters import KNOWN
+from provider.spc.shapes import EVERY_KEY, NEVER_WITH, ONLY_WITH
 from provider.spc.tables import OBJECT_FIELDS, PARAMETERS, described, map_of
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _says(field: str, **value: Any) -> dict[str, Any]:
+    """An object in which a field is there, and neither null nor empty; or has this value."""
+    return {"required": [field], "properties": {field: value or {"not": {"enum": [None, ""]}}}}
+
+
+# How an object is known that has a shape, as far as fields hang on it.
+_OF_SHAPE: Final = {
+    "all": _says("secretKey", const=EVERY_KEY),
+    "pkcs12": _says("format", const="pkcs12"),
+    "template": _says("template"),
+}
 
 
 def objects_schema() -> dict[str, Any]:
@@ -22,6 +36,14 @@ def objects_schema() -> dict[str, Any]:
     # A template's secrets may all be in its sources.
     item["required"] = ["objectName"]
     item["anyOf"] = [{"required": ["secretPath"]}, {"required": ["template", "sources"]}]
+    item["allOf"] = [
+        *({"if": _says(field), "then": _OF_SHAPE[shape]} for field, (shape, _) in ONLY_WITH.items()),
+        *(
+            {"if": _OF_SHAPE[shape], "then": {"not": _says(field)}}
+            for shape, fields in NEVER_WITH.items()
+            for field in fields
+        ),
+    ]
     return {
         "$schema": _DIALECT,
         "title": "objects of a SecretProviderClass for vault-csi-provider",

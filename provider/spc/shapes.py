@@ -55,7 +55,7 @@ _TAKEN: Final = frozenset(
 )
 
 # Fields by the shape that they belong to; the sentence says where they do.
-_ONLY_WITH: Final[Mapping[str, tuple[str, str]]] = {
+ONLY_WITH: Final[Mapping[str, tuple[str, str]]] = {
     "includes": ("all", 'belongs to secretKey: "*"'),
     "excludes": ("all", 'belongs to secretKey: "*"'),
     "alias": ("pkcs12", "belongs to format: pkcs12"),
@@ -64,7 +64,7 @@ _ONLY_WITH: Final[Mapping[str, tuple[str, str]]] = {
     "sources": ("template", "belongs to a template"),
 }
 # Fields that say something else than the shape does.
-_NEVER_WITH: Final[Mapping[str, tuple[str, ...]]] = {
+NEVER_WITH: Final[Mapping[str, tuple[str, ...]]] = {
     "all": ("jmesPath",),
     "pkcs12": ("secretKey", "jmesPath", "encoding"),
     "template": ("secretKey", "encoding", "format"),
@@ -76,10 +76,10 @@ _NEVER_WITH: Final[Mapping[str, tuple[str, ...]]] = {
 def parse_shape(given: Entries, *, templates: bool) -> tuple[tuple[Source, ...], Shape]:
     """The object's sources, at least one, and its shape; with a fault both are void."""
     kind = _kind(given)
-    for field, (belongs, sentence) in _ONLY_WITH.items():
+    for field, (belongs, sentence) in ONLY_WITH.items():
         if belongs != kind and given.has(field):
             given.fault(field, sentence, "remove it")
-    for field in _NEVER_WITH[kind]:
+    for field in NEVER_WITH[kind]:
         if given.has(field):
             given.fault(field, f"does not go with {_NAMES[kind]}", "remove one of them")
     if kind == "template":

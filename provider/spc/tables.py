@@ -50,7 +50,11 @@ _SECRET_PATH: Final = Field(
 )
 _METHOD: Final = Field(
     "method",
-    {"type": ["string", "null"], "pattern": "^[A-Za-z]{0,32}$"},
+    {
+        "type": ["string", "null"],
+        "pattern": "^[A-Za-z]{0,32}$",
+        "not": {"enum": ["CONNECT", "TRACE", "OPTIONS", "connect", "trace", "options"]},
+    },
     "`GET`",
     "HTTP method, but for `CONNECT`, `TRACE` and `OPTIONS`",
 )
