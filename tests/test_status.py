@@ -127,7 +127,7 @@ def test_sessions_leases_mounts_and_errors() -> None:
     ]
     volume = {**pod, "class": "web-secrets", "target_path": "/t"}
     assert answer["mounts"] == [{**volume, "seconds_ago": 7, "mounts": 1, "objects": 1}]
-    error = {"failures": 1, "failing": True, "code": "NOT_FOUND", "message": "denied"}
+    error = {"failures": 1, "failing": True, "mounted_since": False, "code": "NOT_FOUND", "message": "denied"}
     assert answer["errors"] == [{**volume, "seconds_ago": 2, **error}]
     without, with_token = answer["sessions"]
     assert (without["pod"], without["token"], without["mounted_seconds_ago"]) == ("api-0", None, None)
@@ -152,9 +152,51 @@ def test_mounted_again_is_no_longer_failing() -> None:
     """After a success the error stays, as one that is over."""
     told = Told()
     told.refuse()
+    assert told.json()["failing"] == 1
     told.mount()
-    (error,) = told.json()["errors"]
-    assert (error["failing"], error["failures"]) == (False, 1)
+    answer = told.json()
+    (error,) = answer["errors"]
+    assert (error["failing"], error["mounted_since"], error["failures"], answer["failing"]) == (False, True, 1, 0)
+    assert re.search(r"ago +mounted$", told.text(), re.MULTILINE)
+
+
+def test_pod_that_is_gone_is_not_failing() -> None:
+    """A volume that nobody tried again long after it failed counts as failing no more, nor as mounted."""
+    told = Told()
+    told.refuse()
+    told.clock.time += 3600
+    answer = told.json()
+    (error,) = answer["errors"]
+    assert (error["failing"], error["mounted_since"], answer["failing"]) == (False, False, 0)
+    assert re.search(r"ago +not tried again$", told.text(), re.MULTILINE)
+
+
+def test_node_with_many_failing_pods_shows_how_many() -> None:
+    """Of 60 pods that fail and 5 that failed later and were mounted again, all are counted, and failing ones shown."""
+    told = Told()
+    for number in range(60):
+        told.refuse(f"failing-{number}")
+    told.clock.time += 1
+    for number in range(5):
+        told.refuse(f"mounted-{number}")
+        told.mount(f"mounted-{number}")
+    answer, text = told.json(), told.text()
+    assert (answer["failing"], len(answer["errors"]), answer["errors_left_out"]) == (60, 20, 45)
+    assert all(error["failing"] for error in answer["errors"])
+    assert text.splitlines()[1].startswith("60 volumes are failing")
+    assert "LAST ERRORS: 65\n" in text
+    assert text.endswith("  and 45 more")
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [(0, "no volume is failing"), (1, "1 volume is failing"), (2, "2 volumes are failing")]
+)
+def test_second_line_says_how_many_volumes_fail(count: int, says: str) -> None:
+    """The first thing to be seen after which daemon it is."""
+    told = Told()
+    for number in range(count):
+        told.refuse(f"web-{number}")
+    assert told.text().splitlines()[1].split(":")[0] == says
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1"])
@@ -184,7 +226,10 @@ def test_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found["pod"] for found in answer["leases"]] == ["web-8", "web-7", "web-6"]
     assert (answer["sessions_left_out"], answer["leases_left_out"]) == (6, 6)
     assert (len(answer["mounts"]), len(answer["errors"])) == (2, 2)
-    assert told.text().count("  and 6 more") == 2
+    assert (answer["mounts_left_out"], answer["errors_left_out"]) == (7, 7)
+    assert (told.text().count("  and 6 more"), told.text().count("  and 7 more")) == (2, 2)
+    for title in ("SESSIONS", "LEASES", "LAST MOUNTS", "LAST ERRORS"):
+        assert f"\n{title}: 9\n" in told.text()
 
 
 def test_nothing_moves_a_terminal() -> None:

@@ -96,6 +96,7 @@ def table(told: dict[str, Any]) -> Iterator[str]:
 def _lines(told: dict[str, Any]) -> Iterator[str]:
     node = f" on {_cell(told['node'])}" if told["node"] else ""
     yield f"{PROGRAM} {_cell(told['version'])}{node}, up {_duration(told['uptime_seconds'])}"
+    yield _failing(int(told["failing"]))
     yield from _section(
         "sessions",
         ("pod", "class", "role", "Vault", "token left", "mounted"),
@@ -134,6 +135,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
             (_pod(mount), mount["class"], str(mount["objects"]), str(mount["mounts"]), _ago(mount["seconds_ago"]))
             for mount in told["mounts"]
         ],
+        told["mounts_left_out"],
     )
     errors = told["errors"]
     yield from _section(
@@ -146,12 +148,19 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
                 error["code"],
                 str(error["failures"]),
                 _ago(error["seconds_ago"]),
-                "failing" if error["failing"] else "mounted",
+                "mounted" if error["mounted_since"] else "failing" if error["failing"] else "not tried again",
             )
             for error in errors
         ],
+        told["errors_left_out"],
         notes=[one_line(error["message"], MAX_MESSAGE) for error in errors],
     )
+
+
+def _failing(volumes: int) -> str:
+    if volumes == 0:
+        return "no volume is failing"
+    return f"{volumes} {'volume is' if volumes == 1 else 'volumes are'} failing: see LAST ERRORS"
 
 
 def _section(

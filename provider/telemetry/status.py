@@ -20,14 +20,14 @@ from provider.clock import Clock
 from provider.redact import one_line
 from provider.telemetry.events import LeaseView, SessionView, lease_sha256
 from provider.telemetry.http import Answer, Page, Request
-from provider.telemetry.volumes import Failure, Volume, Volumes
+from provider.telemetry.volumes import MAX_VOLUMES, Failure, Volume, Volumes
 
 PATH: Final = "/status"
 # Of what is told, so that whoever reads it knows what to expect; grows where a field goes or means something else.
 SHAPE: Final = 1
 # Of each list; several times what a node's 110 pods have.
 MAX_LISTED: Final = 1000
-# Mounts and errors that are told of, the latest first: what a person reads.
+# Mounts and errors that are told of: what a person reads. How many there are is told beside.
 MAX_RECENT: Final = 20
 # Of a name; a message may have more.
 MAX_NAME: Final = 256
@@ -56,20 +56,37 @@ class Status:
             return Answer(b"the status is for whoever is on this host\n", HTTPStatus.FORBIDDEN)
         now = self._clock.now()
         views = self._views()
-        recent = [_mount(volume, now) for volume in self._volumes.recent_mounts(MAX_RECENT)]
-        failed = [(volume, volume.failure) for volume in self._volumes.recent_errors(MAX_RECENT)]
-        errors = [_error(volume, failure, now) for volume, failure in failed if failure is not None]
         told = {
             "shape": SHAPE,
             "version": __version__,
             "node": _name(self._node),
             "uptime_seconds": round(now - self._began),
+            **self._recent(now),
         }
         # Of a thousand sessions this takes some 20 ms, in which a mount would wait.
-        body = await asyncio.to_thread(
-            lambda: json.dumps(told | _sessions(views) | {"mounts": recent, "errors": errors})
-        )
+        body = await asyncio.to_thread(lambda: json.dumps(told | _sessions(views)))
         return Answer(body.encode() + b"\n", content_type="application/json")
+
+    def _recent(self, now: float) -> dict[str, Any]:
+        """The last mounts and errors, as many as are told, and how many are left out; of errors those that last first.
+
+        ``failing`` counts all volumes whose mounts fail now.
+        """
+        mounted = self._volumes.recent_mounts(MAX_VOLUMES)
+        failing = {id(volume) for volume in self._volumes.failing()}
+        failed = [
+            (volume, volume.failure, id(volume) in failing)
+            for volume in self._volumes.recent_errors(MAX_VOLUMES)
+            if volume.failure is not None
+        ]
+        failed.sort(key=lambda found: not found[2])
+        return {
+            "failing": len(failing),
+            "mounts": [_mount(volume, now) for volume in mounted[:MAX_RECENT]],
+            "errors": [_error(*found, now) for found in failed[:MAX_RECENT]],
+            "mounts_left_out": max(0, len(mounted) - MAX_RECENT),
+            "errors_left_out": max(0, len(failed) - MAX_RECENT),
+        }
 
 
 def _is_here(peer: str) -> bool:
@@ -134,11 +151,12 @@ def _mount(volume: Volume, now: float) -> dict[str, Any]:
     }
 
 
-def _error(volume: Volume, failure: Failure, now: float) -> dict[str, Any]:
+def _error(volume: Volume, failure: Failure, failing: bool, now: float) -> dict[str, Any]:
     return _volume(volume) | {
         "seconds_ago": round(now - failure.at),
         "failures": volume.failures,
-        "failing": volume.failing_since is not None,
+        "failing": failing,
+        "mounted_since": volume.failing_since is None,
         "code": failure.code,
         "message": one_line(failure.message, MAX_MESSAGE),
     }
