@@ -167,6 +167,10 @@ class Mounter:
         )
         return MountResult(done.made.files, done.made.versions, _event(spec, done, seconds))
 
+    async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
+        """Raise InvalidClass where one of the objects' templates is none. ``owner`` is the pod's namespace."""
+        await self._renderer.check(templates, owner)
+
     def _warn(self, spec: MountSpec) -> None:
         """Log what is odd about the class, once: its volumes are mounted again every minute."""
         for warning in spec.warnings:

@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from provider.cli import main
 from provider.cli.parts import Parts
 from provider.mount import MountResult
 from provider.render import RenderedFile
 from provider.settings import Settings
-from provider.spc import MountSpec, Parser
+from provider.spc import MountSpec, ObjectSpec, Parser
 from provider.telemetry.events import Telemetry
 
 
@@ -31,6 +31,9 @@ class Scripted:
             tuple(RenderedFile(wanted.name, wanted.mode, content) for wanted in spec.objects),
             tuple((wanted.name, "1") for wanted in spec.objects),
         )
+
+    async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
+        raise NotImplementedError
 
 
 @contextlib.asynccontextmanager

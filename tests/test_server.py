@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,11 +33,11 @@ from hypothesis import strategies as st
 from provider import __version__, errors
 from provider.errors import MAX_MESSAGE_BYTES, AccessDenied, Code, InvalidSetting, ProviderError, encoded_size
 from provider.mount import MountResult
-from provider.render import RenderedFile
+from provider.render import RenderedFile, Renderer
 from provider.server import Endpoint, Server, endpoint
 from provider.server.server import CONNECTION_AGE, SERVE_ON_FACTOR
 from provider.settings import MAX_MOUNT_BYTES, MIB, Settings
-from provider.spc import MountSpec, Parser
+from provider.spc import MountSpec, ObjectSpec, Parser
 from provider.telemetry.events import Event, MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
@@ -88,6 +88,13 @@ class Mounting:
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         return await self.outcome(spec)
+
+    async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
+        renderer = Renderer(Telemetry())
+        try:
+            await renderer.check(templates, owner)
+        finally:
+            await renderer.close()
 
 
 @contextlib.asynccontextmanager
@@ -202,6 +209,31 @@ async def test_each_error_keeps_its_code_and_message(path: Path, kind: type[Prov
     assert code is grpc.StatusCode[error.code.value]
     assert code in ALLOWED
     assert "what is wrong: what to do" in message
+
+
+async def test_faults_of_templates_are_told_with_the_others(path: Path) -> None:
+    """A class that is wrong elsewhere is told what is wrong with its templates too, each object that has it."""
+    objects = """
+    - {objectName: a, secretPath: secret/data/a, filePermission: 9999}
+    - {objectName: b, secretPath: secret/data/a, template: "{{ nosuch }}{{ nor }}", jmesPath: "["}
+    - {objectName: c, secretPath: secret/data/a, template: "{{ nosuch }}{{ nor }}"}
+    - {objectName: d, secretPath: secret/data/a, template: "{{ secret.a }}"}
+    """
+    request = pb.MountRequest(attributes=attributes(objects=objects), target_path="/volume", permission="420")
+    async with serving(path, Mounting(PASSWORD)) as stub:
+        code, message = await refusal(stub.Mount(request))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "objects[0] (a) filePermission" in message
+        assert "objects[1] (b) jmesPath" in message
+        assert 'objects (b, c) template: line 1 speaks of "nor", "nosuch", which is no source of it' in message
+        assert "(d)" not in message
+        # From the cache alike; and where sources are at fault too, names are not.
+        assert await refusal(stub.Mount(request)) == (code, message)
+        wrong = objects.replace('"["', '"a", sources: {b-c: {secretPath: d}}')
+        request.attributes = attributes(objects=wrong)
+        _, message = await refusal(stub.Mount(request))
+        assert "sources" in message
+        assert "nosuch" not in message
 
 
 async def test_message_is_one_safe_line_that_fits(path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from provider.cli.parts import Parts
 from provider.mount import MountResult
 from provider.render import RenderedFile
 from provider.settings import Settings
-from provider.spc import MountSpec, Parser
+from provider.spc import MountSpec, ObjectSpec, Parser
 from provider.telemetry.events import Telemetry
 from tests.stand.driver import Driver
 from tests.stand.kubeapi import Pod
@@ -43,6 +43,9 @@ class Collected:
         told = json.dumps({"enabled": gc.isenabled(), "frozen": gc.get_freeze_count(), "threshold": gc.get_threshold()})
         self._mounted.set()
         return MountResult((RenderedFile("gc", 0o600, told.encode()),), (("gc", "1"),))
+
+    async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
+        raise NotImplementedError
 
     def preload(self) -> None:
         if not self._mounted.wait(60):

@@ -33,6 +33,8 @@ MAX_VOLUMES: Final = 1000
 MAX_AGE: Final = 3600.0
 # Templates whose text is known to be one.
 MAX_CHECKED: Final = 1000
+# Objects with one template that are named where it is at fault.
+MAX_NAMED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,11 @@ class Renderer:
         ``owner`` is who answers for the programs of the objects, the pod's namespace: it takes its turns with others.
         Raises another ProviderError where there was no time to tell.
         """
-        unknown: dict[bytes, ObjectSpec] = {}
+        unknown: dict[bytes, list[ObjectSpec]] = {}
         for spec in objects:
             if isinstance(spec.shape, Template):
                 names = json.dumps([spec.shape.text, sorted(source.alias for source in spec.sources)])
-                unknown[hashlib.sha256(names.encode("utf-8", "surrogatepass")).digest()] = spec
+                unknown.setdefault(hashlib.sha256(names.encode("utf-8", "surrogatepass")).digest(), []).append(spec)
         for digest in unknown.keys() & self._checked.keys():
             del unknown[digest]
         if not unknown:
@@ -73,17 +75,19 @@ class Renderer:
 
         checks = [
             Check(spec.shape.text, tuple(source.alias for source in spec.sources))
-            for spec in unknown.values()
+            for spec, *_ in unknown.values()
             if isinstance(spec.shape, Template)
         ]
         results = await self._run(checks, owner)
         faults: list[str] = []
         untold: ProviderError | None = None
-        for (digest, spec), result in zip(unknown.items(), results, strict=True):
+        for (digest, alike), result in zip(unknown.items(), results, strict=True):
             if isinstance(result, Failure) and not result.final:
-                untold = untold or failed_program(spec, result)
+                untold = untold or failed_program(alike[0], result)
             elif isinstance(result, Failure):
-                faults.append(f"objects ({one_line(spec.name, 80)}) template: {result.what} ({result.advice})")
+                named = ", ".join(one_line(spec.name, 80) for spec in alike[:MAX_NAMED])
+                more = f" and {len(alike) - MAX_NAMED} more" if len(alike) > MAX_NAMED else ""
+                faults.append(f"objects ({named}{more}) template: {result.what} ({result.advice})")
             else:
                 self._checked[digest] = None
         while len(self._checked) > MAX_CHECKED:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NoReturn, Protocol
 
@@ -24,7 +25,7 @@ from provider.redact import one_line
 from provider.render import too_large
 from provider.server.limits import REFUSAL_SECONDS, PodFloods, PodLimits, Spending
 from provider.settings import MAX_MOUNT_BYTES
-from provider.spc import MountSpec, Parser, Pod, mounting_class, mounting_pod
+from provider.spc import FaultyClass, MountSpec, ObjectSpec, Parser, Pod, mounting_class, mounting_pod
 from provider.telemetry.events import MountRefused, Telemetry
 from provider.v1alpha1 import service_pb2 as pb
 from provider.vault.turns import Turns
@@ -44,6 +45,10 @@ class Mounts(Protocol):
 
     async def mount(self, spec: MountSpec) -> MountResult:
         """All files of ``spec``, or an error."""
+        ...
+
+    async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
+        """InvalidClass where one of them is no template; ``owner`` is the pod's namespace."""
         ...
 
 
@@ -166,6 +171,8 @@ class Service:
             about.class_name = mounting_class(request.attributes)
             if isinstance(error, PodFloods):
                 await asyncio.sleep(min(REFUSAL_SECONDS, self._limit / 2))
+            if isinstance(error, FaultyClass) and about.pod is not None:
+                raise await self._with_templates(error, about.pod.namespace) from None
             raise
         about.know(spec)
         result = await self._mounts.mount(spec)
@@ -175,6 +182,16 @@ class Service:
         if result.event is not None:
             self._telemetry.record(result.event)
         return answer
+
+    async def _with_templates(self, error: FaultyClass, owner: str) -> InvalidClass:
+        """All faults of the class, those of its templates too: they have to be run to be known."""
+        try:
+            await self._mounts.check(error.templates, owner)
+        except InvalidClass as more:
+            return InvalidClass([*error.faults, *more.faults])
+        except ProviderError:
+            pass  # no time to tell, and it would not be the class's fault
+        return error
 
     async def _read(self, request: pb.MountRequest, pod: str) -> MountSpec:
         """What the request asks for, if the pod may still ask. Raises PodFloods and InvalidClass."""

@@ -18,11 +18,12 @@ from provider.spc.model import (
     Whole,
 )
 from provider.spc.parameters import mounting_class, mounting_pod
-from provider.spc.parser import Parser
+from provider.spc.parser import FaultyClass, Parser
 
 __all__ = [
     "AllKeys",
     "Encoding",
+    "FaultyClass",
     "Format",
     "Login",
     "MountSpec",

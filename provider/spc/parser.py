@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Generic, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from provider.spc.addresses import AllowedAddresses
 from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import AllKeys, MountSpec, ObjectSpec, Pkcs12, SingleValue, Source, Template
 from provider.spc.objects import Defaults, note_world_writable, parse_objects
+from provider.spc.shapes import MAX_TEMPLATE
 
 # Requests whose mounts are kept: twice the pods that a node has at most, and characters in them all together.
 _MAX_MOUNTS: Final = 512
@@ -39,11 +41,20 @@ _MOST_RECALLED: Final = 30
 _T = TypeVar("_T")
 
 
+class FaultyClass(InvalidClass):
+    """A class with faults that also has ``templates``, whose own faults are told by whoever can run them."""
+
+    def __init__(self, faults: Sequence[str], templates: Sequence[ObjectSpec]) -> None:
+        super().__init__(faults)
+        self.templates = tuple(templates)
+
+
 class _Class(NamedTuple):
-    """What a class's objects came to: with a fault there are none."""
+    """What a class's objects came to: with a fault there are none, but for ``templates`` that can be checked still."""
 
     objects: tuple[ObjectSpec, ...]
     findings: Findings
+    templates: tuple[ObjectSpec, ...]
 
 
 class _Request(NamedTuple):
@@ -89,7 +100,8 @@ class Parser:
     def parse(self, attributes: str, secrets: str, target_path: str, permission: str) -> MountSpec:
         """The mount that the four strings of a MountRequest ask for (docs/contract.md section 1).
 
-        Raises InvalidClass, and nothing else, with every fault that was found.
+        Raises InvalidClass, and nothing else, with every fault that was found; FaultyClass where there are templates,
+        which may have more.
         """
         return self._parse(_Request(attributes, secrets, target_path, permission), at_hand=False)
 
@@ -139,6 +151,8 @@ class Parser:
         )
         known = known or self._parse_class(class_key, text, defaults)
         findings.include(known.findings)
+        if known.templates and findings.faults:
+            raise FaultyClass(findings.faults, known.templates)
         findings.check()
         class_name = read.text(parameters.CLASS_NAME)
         spec = MountSpec(pod, class_name, request.target_path, server, login, (), warnings=findings.warnings)
@@ -151,10 +165,13 @@ class Parser:
         objects = parse_objects(text, defaults, findings)
         told = sum(map(len, findings.warnings + findings.faults))
         if findings.faults:
-            parsed = _Class((), findings)
-            self._faulty.keep(key, parsed, told)
+            # Where names are at fault, a template would be told of names that it has.
+            named = defaults.templates and not any(" sources" in fault for fault in findings.faults)
+            templates = tuple(spec for spec in objects if named and spec.name and _is_template(spec))
+            parsed = _Class((), findings, templates)
+            self._faulty.keep(key, parsed, told + sum(map(_size, templates)))
         else:
-            parsed = _Class(objects, findings)
+            parsed = _Class(objects, findings, tuple(filter(_is_template, objects)))
             self._good.keep(key, parsed, told + sum(map(_size, objects)))
         return parsed
 
@@ -192,6 +209,10 @@ class _Kept(Generic[_T]):
             while len(self._entries) > self._most or self._size > self._most_size:
                 _, (_, dropped) = self._entries.popitem(last=False)
                 self._size -= dropped
+
+
+def _is_template(spec: ObjectSpec) -> bool:
+    return isinstance(spec.shape, Template) and len(spec.shape.text) <= MAX_TEMPLATE
 
 
 def _size(spec: ObjectSpec) -> int:
