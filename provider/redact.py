@@ -20,14 +20,19 @@ _CREDENTIAL: Final = re.compile(
     r"|(?<![A-Za-z0-9.-])[sbr]\.[A-Za-z0-9_-]{20,}(?:\.[A-Za-z0-9_-]+)?"
 )
 
-# Unicode's controls, line ends, surrogates and format characters, which show nothing and change how what is around them
-# looks: whoever names a file or a role must not be able to start a line of our log, to recolour the terminal of whoever
-# reads it, nor to turn the order of its words. Source: categories Cc, Cf, Cs, Zl and Zp of Unicode 15.1
-_CONTROL: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890-\u0891\u08e2\u180e\u200b-\u200f\u2028-\u202e"
-    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]"
+# Whoever names a file or a role must not be able to start a line of our log, to recolour the terminal of whoever reads
+# it, to turn the order of its words, nor to make one name look like another by what shows nothing. Source, Unicode
+# 15.1: categories Cc, Cf, Cs, Zl, Zp, and Zs but for the space (UnicodeData.txt); Default_Ignorable_Code_Point, with
+# what is reserved for it (DerivedCoreProperties.txt).
+_UNSEEN: Final = (
+    "\x00-\x1f\x7f-\xa0\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890-\u0891\u08e2\u115f-\u1160\u1680\u17b4-\u17b5"
+    "\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
+# What is blank by its design, and no property of Unicode says so: braille without a dot, a filler (Khitan), a note
+# without a head, two blanks of hieroglyphs.
+_BLANK: Final = "\u2800\U00016fe4\U0001d159\U00013441\U00013442"
+_HIDDEN: Final = re.compile(f"[{_UNSEEN}{_BLANK}]")
 
 
 class Sensitive(Generic[_T]):
@@ -67,15 +72,15 @@ class Sensitive(Generic[_T]):
 
 
 def one_line(text: str, limit: int = 512) -> str:
-    """``text`` as a safe part of one line: credentials masked, control characters escaped, ``limit`` characters."""
-    # Most texts are names. A credential has a dot or "eyJ" in it, and what is to be escaped is not printable.
-    if len(text) <= limit and "." not in text and "eyJ" not in text and text.isprintable():
+    """``text`` as a safe part of one line: credentials masked, what shows nothing escaped, ``limit`` characters."""
+    # Most texts are names. A credential has a dot or "eyJ" in it, and of ASCII what is to be escaped is not printable.
+    if len(text) <= limit and "." not in text and "eyJ" not in text and text.isascii() and text.isprintable():
         return text
     # Cut before the expressions run: the text may be a tenant's, or a load balancer's page of HTML. The margin
     # keeps a credential that straddles the cut recognisable.
     clean = _CREDENTIAL.sub(MASK, text[: limit + 4096])
-    if not clean.isprintable():
-        clean = _CONTROL.sub(_escape, clean)
+    if not (clean.isascii() and clean.isprintable()):
+        clean = _HIDDEN.sub(_escape, clean)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 

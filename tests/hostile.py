@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from tests.stand.faulty import Answer, Arrival, Faulty, secret, token
 from tests.stand.pki import Authority
 from tests.stand.waiting import eventually
 from tests.test_server import dialled
+from tests.unseen import is_one_line
 
 CANARY = "canary-f00dfeed"
 """In every secret that is planted: tokens, values, bodies."""
@@ -253,8 +253,3 @@ def check_message(message: str) -> None:
     assert is_one_line(message)
     assert CANARY not in message
     assert "Traceback" not in message
-
-
-def is_one_line(text: str) -> bool:
-    """Whether nothing in the text shows nothing."""
-    return not {"Cc", "Cf", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, text))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider.redact import MASK, Sensitive, one_line
+from tests.unseen import is_one_line, shows_nothing
 
 JWT = "eyJhbGciOiJSUzI1NiIsImtpZCI6ImEifQ.eyJzdWIiOiJzeXN0ZW0ifQ.c2lnbmF0dXJl-_9"
 
@@ -115,24 +116,34 @@ def test_controls_are_escaped() -> None:
 
 
 def test_no_character_that_shows_nothing_is_left() -> None:
-    """Every control, format, line-end and surrogate character of Unicode is escaped, and no other one is."""
+    """Every control, format character, space but the usual one, filler and blank is escaped, and no other one is."""
     for number in range(0x110000):
         character = chr(number)
-        hidden = unicodedata.category(character) in HIDDEN
+        hidden = shows_nothing(character)
         # A later Unicode than this Python's may have made more of them.
         if hidden or unicodedata.category(character) != "Cn":
             assert (one_line(character) != character) is hidden, hex(number)
 
 
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+@pytest.mark.parametrize(
+    "character",
+    "\u00a0\u034f\u115f\u1160\u17b4\u180b\u1680\u2003\u202f\u2065\u2800\u3000\u3164\ufe0f\uffa0\ufff0\U000e0002\U000e0100",
+    ids=ascii,
+)
+def test_no_name_looks_like_another_by_what_shows_nothing(character: str) -> None:
+    """Fillers, selectors of variants, joiners and odd spaces are seen in a name, at its end, within it and alone."""
+    shown = f"\\u{ord(character):04x}" if character < "\U00010000" else f"\\U{ord(character):08x}"
+    assert one_line("web" + character) == "web" + shown
+    assert one_line(f"a.{character}b") == f"a.{shown}b"
+    assert one_line(character * 2) == shown * 2
 
 
-@given(st.text(), st.integers(1, 80))
+@given(st.text() | st.text("a \u3164\u2800\ufe0f\u00a0."), st.integers(1, 80))
 def test_a_line_is_one_line_and_short(text: str, limit: int) -> None:
     """Whatever the text, the result has no more characters than the limit and none that a terminal would act on."""
     line = one_line(text, limit)
     assert len(line) <= limit
-    assert not HIDDEN & {unicodedata.category(character) for character in line}
+    assert is_one_line(line)
     assert line.encode().decode() == line
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from dataclasses import replace
 
 import yaml
@@ -16,6 +15,7 @@ from provider.spc import MountSpec, Parser
 from provider.spc.objects import FIELDS
 from provider.spc.parameters import KNOWN
 from tests.spc_classes import GIVEN, OBJECT, TOKENS, attributes, parse, parse_class
+from tests.unseen import is_one_line
 
 # Any code point, lone surrogates too, and what each grammar takes seriously.
 anything = st.text() | st.text('{}[]":,\\\n \ud800é%&*!<~-?|>a0.', max_size=60)
@@ -32,10 +32,6 @@ yaml_objects = st.lists(
 legal_attributes = st.dictionaries(
     st.sampled_from([*GIVEN, *KNOWN, TOKENS]) | anything, anything | json_text | yaml_objects, max_size=8
 ).map(lambda given: json.dumps({**GIVEN, "objects": OBJECT, **given}))
-
-
-def is_one_line(text: str) -> bool:
-    return not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, text))
 
 
 def outcome(*request: str) -> MountSpec | str:
