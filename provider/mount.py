@@ -46,8 +46,8 @@ MAX_PLANS: Final = 256
 # Bytes of files that are kept for the next mount while it would be made of the same answers. These are in memory for it
 # anyway; larger volumes are made anew, so that memory does not hold a node's secrets twice.
 MAX_MADE_BYTES: Final = 64 * 1024
-# Warnings that are remembered as told; past it the oldest is told again when it comes up.
-MAX_WARNED: Final = 1000
+# Sentences that are remembered as told; past it the oldest is told again when it comes up.
+MAX_TOLD: Final = 1000
 # The names of objects that failed alike, in characters; past it they are counted.
 MAX_NAMES: Final = 700
 # The room of one sentence and of its remedy, in characters and as gRPC encodes them: a path may have 4 KiB, and what to
@@ -136,7 +136,7 @@ class Mounter:
         self._versions = Versions()
         # A class is mounted again every minute, and by all pods of a deployment.
         self._plan = functools.lru_cache(MAX_PLANS)(plan)
-        self._warned: OrderedDict[tuple[str, str, str], None] = OrderedDict()
+        self._told: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     async def mount(self, spec: MountSpec) -> MountResult:
         """The files of ``spec``, all of them, within the mount timeout.
@@ -145,7 +145,7 @@ class Mounter:
             ProviderError: none of them; MountFailed where objects failed, OutOfTime where time did.
         """
         began = time.monotonic()
-        self._warn(spec)
+        self._tell(spec, spec.warnings, logging.WARNING)
         try:
             async with asyncio.timeout(self._timeout):
                 with self._sessions.mounting(spec):
@@ -171,16 +171,16 @@ class Mounter:
         """Raise InvalidClass where one of the objects' templates is none. ``owner`` is the pod's namespace."""
         await self._renderer.check(templates, owner)
 
-    def _warn(self, spec: MountSpec) -> None:
-        """Log what is odd about the class, once: its volumes are mounted again every minute."""
-        for warning in spec.warnings:
-            key = (spec.pod.namespace, spec.class_name, warning)
-            if key not in self._warned:
-                _log.warning("SecretProviderClass %s: %s", spec.class_name, warning, extra={"pod": str(spec.pod)})
-            self._warned[key] = None
-            self._warned.move_to_end(key)
-        while len(self._warned) > MAX_WARNED:
-            self._warned.popitem(last=False)
+    def _tell(self, spec: MountSpec, sentences: Sequence[str], level: int) -> None:
+        """Log what is to be known of the class, once: its volumes are mounted again every minute."""
+        for sentence in sentences:
+            key = (spec.pod.namespace, spec.class_name, sentence)
+            if key not in self._told:
+                _log.log(level, "SecretProviderClass %s: %s", spec.class_name, sentence, extra={"pod": str(spec.pod)})
+            self._told[key] = None
+            self._told.move_to_end(key)
+        while len(self._told) > MAX_TOLD:
+            self._told.popitem(last=False)
 
     async def _mount(self, spec: MountSpec, deadline: float) -> _Done:
         async def login(until: float) -> Auth:
@@ -234,7 +234,11 @@ class Mounter:
         failures: list[_Failure] = []
 
         def failed(wanted: ObjectSpec, request: SecretRequest, error: ProviderError) -> None:
-            if not (wanted.optional and isinstance(error, SecretNotFound)):
+            if wanted.optional and isinstance(error, SecretNotFound):
+                about = "" if error.what.startswith(_named([wanted])) else _named([wanted])
+                what = one_line(f"left out, since it is optional: {about}{error}", MAX_WHAT)
+                self._tell(spec, [what], logging.INFO)
+            else:
                 failures.append((wanted, request, error))
 
         contents = Contents(len(spec.objects))

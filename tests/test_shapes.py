@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,8 +262,14 @@ async def test_keystores_stay_the_same(node: Node, shop: EcommerceStand, tmp_pat
 # -- what is not there ---------------------------------------------------------------------------------------------
 
 
-async def test_an_optional_secret_comes_when_it_appears(node: Node, shop: EcommerceStand) -> None:
-    """A missing path or key leaves the file out, and its version says so; once written, the next re-mount has it."""
+async def test_an_optional_secret_comes_when_it_appears(
+    node: Node, shop: EcommerceStand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing path or key leaves the file out, and its version says so; once written, the next re-mount has it.
+
+    The log says once what is left out and why, since a path that is mistyped is left out as well.
+    """
+    caplog.set_level("INFO")
     spec = wanting(
         shop,
         f"""
@@ -289,6 +297,11 @@ async def test_an_optional_secret_comes_when_it_appears(node: Node, shop: Ecomme
     assert {file.path: file.contents for file in second.files} == {"user": b"web", "later": b"b", "made": b"b"}
     assert [name for name, version in second.versions if version != "absent"] == ["user", "later", "made"]
     assert await node.mounter.mount(spec) == first
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    start = "SecretProviderClass shapes: left out, since it is optional: "
+    assert len(told) == len(set(told)) == 9
+    assert f'{start}object "later": Vault has nothing at ' in told[0]
+    assert any(f'{start}object "key": ' in line and 'has no key "absent"' in line for line in told)
 
 
 async def test_a_denial_is_never_optional(node: Node, shop: EcommerceStand) -> None:
@@ -558,20 +571,28 @@ async def test_a_wrong_template_is_told_before_anything_is_read(
 
 
 async def test_a_hostile_template_fails_its_own_mount_alone(node: Node, shop: EcommerceStand) -> None:
-    """While one mount's template loops, others are mounted, and it ends with an error that says why."""
+    """While one mount's template loops, others are mounted as fast as ever, and it ends with an error that says why."""
+
+    async def timed() -> float:
+        began = time.monotonic()
+        assert await node.mount(wanting(shop, f"- {{objectName: u, {APP}, secretKey: user}}")) == {"u": b"web"}
+        return time.monotonic() - began
+
+    await timed()
+    alone = [await timed() for _ in range(50)]
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     looping = asyncio.create_task(
         node.failure(wanting(shop, f'- {{objectName: loop, {APP}, template: "{loop}"}}', "hostile"))
     )
-    mounted = 0
+    beside: list[float] = []
     while not looping.done():
-        assert await node.mount(wanting(shop, f"- {{objectName: u, {APP}, secretKey: user}}")) == {"u": b"web"}
-        mounted += 1
+        beside.append(await timed())
     error = await looping
     assert error.code is Code.FAILED_PRECONDITION
     # Which of both, a busy machine decides.
     assert re.search(r'object "loop": its template: .* (more|less) than 1 s of processor time', str(error))
-    assert mounted > 20
+    # Twice is what the machine by itself keeps (docs/decisions/templates.md); other tests run beside this one.
+    assert statistics.median(beside) < 4 * statistics.median(alone)
 
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
