@@ -38,7 +38,7 @@ async def log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: f
     except ProviderError as error:
         telemetry.record(LoggedIn(spec, "", 0.0, time.monotonic() - began, error))
         raise
-    telemetry.record(LoggedIn(spec, auth.accessor, auth.ttl, time.monotonic() - began, None))
+    telemetry.record(LoggedIn(spec, auth.accessor, auth.ttl, time.monotonic() - began, None, auth.request_id))
     return auth
 
 

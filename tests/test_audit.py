@@ -229,12 +229,13 @@ def test_refusal_of_what_cannot_be_read_says_what_is_known(listener: Listener) -
 def test_login_and_its_refusal(listener: Listener) -> None:
     """A login has the token's accessor and life; one that came to nothing code and reason, and whether Vault spoke."""
     spec = MountSpec(POD, "web-secrets", "/t", SERVER, LOGIN, ())
-    ok = listener.one(LoggedIn(spec, "accessor-1", 3600.0, 0.1, None))
+    ok = listener.one(LoggedIn(spec, "accessor-1", 3600.0, 0.1, None, "request-1"))
     assert ok == {
         **IDENTITY,
         "event": "login",
         "outcome": "ok",
         "milliseconds": 100.0,
+        "request_id": "request-1",
         "accessor": "accessor-1",
         "ttl_seconds": 3600,
     }
@@ -242,18 +243,24 @@ def test_login_and_its_refusal(listener: Listener) -> None:
     assert (away["outcome"], away["code"]) == ("unanswered", "FAILED_PRECONDITION")
     refused = listener.one(LoggedIn(spec, "", 0.0, 0.1, LoginDenied("no such role", "make it")))
     assert (refused["outcome"], refused["code"]) == ("refused", "PERMISSION_DENIED")
-    assert refused["reason"] == "no such role: make it"
+    assert (refused["reason"], refused["request_id"]) == ("no such role: make it", "")
 
 
 @pytest.mark.parametrize(("again", "event"), [(False, "issue"), (True, "reissue")])
 def test_issue_and_reissue(listener: Listener, again: bool, event: str) -> None:
-    """A lease that Vault gave is told with the request that it answers, and its id as a hash."""
-    issued = Issued(WHO, "database/creds/web", Kind.LEASED, "accessor-1", LEASE, "request-1", 60.0, again)
+    """A lease that Vault gave is told with the request that it answers, what it is for, and its id as a hash."""
+    wanted = [plain(name, SecretRequest("GET", "database/creds/web"), name) for name in ("username", "password")]
+    issued = Issued(
+        WHO, "database/creds/web", Kind.LEASED, "accessor-1", LEASE, "request-1", 60.0, again, 0.0123, lambda: wanted
+    )
     assert listener.one(issued) == {
         **IDENTITY,
         "event": event,
         "outcome": "ok",
+        "milliseconds": 12.3,
         "path": "database/creds/web",
+        "objects": [{"object": name, "paths": ["database/creds/web"]} for name in ("username", "password")],
+        "objects_left_out": 0,
         "kind": "leased",
         "request_id": "request-1",
         "lease_sha256": LEASE_SHA256,
@@ -266,7 +273,7 @@ def test_issue_and_reissue(listener: Listener, again: bool, event: str) -> None:
 def test_renewal(listener: Listener, outcome: Renewing) -> None:
     """A renewal is told with what became of it; Vault's words do not bring the lease's id in."""
     reason = "" if outcome is Renewing.RENEWED else f"no renewal of {LEASE}"
-    event = Renewal(WHO, "database/creds/web", "accessor-1", LEASE, outcome, 60.0, 0.01, reason)
+    event = Renewal(WHO, "database/creds/web", "accessor-1", LEASE, outcome, 60.0, 0.01, reason, "request-1")
     line = listener.one(event)
     assert {**line, "reason": ""} == {
         **IDENTITY,
@@ -274,6 +281,7 @@ def test_renewal(listener: Listener, outcome: Renewing) -> None:
         "outcome": "ok" if outcome is Renewing.RENEWED else outcome.value,
         "milliseconds": 10.0,
         "path": "database/creds/web",
+        "request_id": "request-1",
         "lease_sha256": LEASE_SHA256,
         "accessor": "accessor-1",
         "ttl_seconds": 60,
@@ -311,10 +319,20 @@ def test_nobody_starts_a_line_nor_brings_a_token_in(listener: Listener) -> None:
     for event in (
         mounted(object_, class_name=evil, login=Login(evil, TOKEN, None), pod=Pod(evil, evil, evil, evil)),
         MountRefused("INTERNAL", f"{evil} {TOKEN}", 0.1, POD, evil, evil, None),
-        Issued(WHO, evil, Kind.ISSUED, TOKEN, "", evil, 1.0, False),
-        Renewal(WHO, evil, evil, "", Renewing.REFUSED, 1.0, 0.1, f"{evil} {TOKEN}"),
+        Issued(
+            WHO,
+            evil,
+            Kind.ISSUED,
+            TOKEN,
+            "",
+            evil,
+            1.0,
+            False,
+            objects=lambda: [plain(evil, SecretRequest("GET", TOKEN), evil)],
+        ),
+        Renewal(WHO, evil, evil, "", Renewing.REFUSED, 1.0, 0.1, f"{evil} {TOKEN}", evil),
         Revocation(WHO, evil, Revoking.REFUSED, evil, f"{evil} {TOKEN}", 0.1),
-        LoggedIn(MountSpec(POD, evil, "/t", SERVER, LOGIN, ()), TOKEN, 1.0, 0.1, LoginDenied(f"{evil} {TOKEN}")),
+        LoggedIn(MountSpec(POD, evil, "/t", SERVER, LOGIN, ()), TOKEN, 1.0, 0.1, LoginDenied(f"{evil} {TOKEN}"), evil),
     ):
         text = json.dumps(listener.one(event), ensure_ascii=False)
         assert not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u202e]|\\[nr]", text.replace("\\\\", ""))

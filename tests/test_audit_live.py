@@ -104,7 +104,15 @@ def test_life_of_a_credential_is_told_without_it(cluster: Cluster, tmp_path: Pat
     assert mount["objects"][0]["lease_sha256"] == [hashed] == [issues["database/creds/told"]["lease_sha256"]]
     assert mount["objects"][0]["request_ids"] == [issues["database/creds/told"]["request_id"]]
     assert {line["accessor"] for line in (mount, login, *issues.values())} == {accessor}
+    names = {path: [wanted["object"] for wanted in line["objects"]] for path, line in issues.items()}
+    assert names == {"database/creds/told": ["db-username", "db-password"], "pki/issue/web": ["tls.crt", "tls.key"]}
+    assert all(line["milliseconds"] > 0 for line in issues.values())
     assert {line["path"] for line in audited.lines("renewal")} >= {"auth/token", "database/creds/told"}
+    asked = asked_of(cluster)
+    assert asked[login["request_id"]] == "auth/told/login"
+    for renewed in audited.lines("renewal"):
+        path = "auth/token/renew-self" if renewed["path"] == "auth/token" else "sys/leases/renew"
+        assert asked[renewed["request_id"]] == path
     assert (denied["outcome"], denied["code"]) == ("refused", "PERMISSION_DENIED")
     missing, stranger = audited.lines("refusal")
     assert (missing["code"], missing["objects"]) == ("NOT_FOUND", [{"object": "a", "paths": ["shop/data/none"]}])
@@ -119,6 +127,16 @@ def test_life_of_a_credential_is_told_without_it(cluster: Cluster, tmp_path: Pat
     told = set(re.findall(r"`([a-z_0-9]+)`", PAGE))
     assert {field for line in lines for field in (line["event"], *line)} - told == set()
     assert {field for made in mount["objects"] for field in made} - told == set()
+
+
+def asked_of(cluster: Cluster) -> dict[str, str]:
+    """The path of each request that OpenBao's own log has an answer to, by its id."""
+    entries = map(json.loads, cluster.bao.audit_path.read_text().splitlines())
+    return {
+        entry["request"]["id"]: entry["request"]["path"]
+        for entry in entries
+        if entry["type"] == "response" and "id" in entry["request"]
+    }
 
 
 def credential_of(files: Any) -> tuple[str, str]:
@@ -242,7 +260,9 @@ def test_mounts_go_on_while_it_cannot_be_written(cluster: Cluster, tmp_path: Pat
         eventually(lambda: audited.daemon.said("the audit log cannot be written"), "the outage is told")
         away.rename(directory)
         eventually(lambda: audited.daemon.said("the audit log is written again"), "its end is told")
-        assert [line["pod"] for line in audited.lines("mount")] == ["before", "during", "too"]
+        # The log tells it after the first of the lines that waited.
+        told = audited.await_lines("mount", 3)
+        assert [line["pod"] for line in told] == ["before", "during", "too"]
         said = [event["message"] for event in audited.daemon.events()]
     assert sum(message.startswith("the audit log cannot be written") for message in said) == 1
 

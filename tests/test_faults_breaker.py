@@ -220,7 +220,7 @@ class TestWatch:
         assert changes(events) == [True]
         faulty.start()
         assert await read_when_back(vault) == {"a": "1"}
-        assert await vault.renew_token(TOKEN, 60, within()) == 60
+        assert (await vault.renew_token(TOKEN, 60, within())).ttl == 60
         assert changes(events) == [True, False]
 
     async def test_blip_fails_no_mount(self, vault: Vault, faulty: Faulty) -> None:

@@ -209,7 +209,7 @@ class TestConnections:
         hung = [asyncio.create_task(read(vault, "hangs")) for _ in range(100)]
         await eventually(lambda: faulty.count("hangs") == 45)
         assert (await read(vault, token=Sensitive("hvs.of-another-pod"))).response["data"] == {"a": "1"}
-        assert await vault.renew_token(TOKEN, 60, within()) == 60
+        assert (await vault.renew_token(TOKEN, 60, within())).ttl == 60
         assert faulty.count("hangs") == 45
         for task in hung:
             task.cancel()
@@ -799,7 +799,7 @@ class TestStrangeAnswers:
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         assert (auth.ttl, auth.num_uses, auth.policies) == (0, 0, ("default", "shop"))
         faulty.on("auth/token/renew-self", Answer(body={"auth": odd}))
-        assert await vault.renew_token(TOKEN, 60, within()) == 0
+        assert (await vault.renew_token(TOKEN, 60, within())).ttl == 0
 
     async def test_login_without_token(self, vault: Vault, faulty: Faulty) -> None:
         """An answer that asks for a second factor holds no token, and is told as that."""
@@ -908,14 +908,19 @@ class TestTelling:
         """An answer says which request of Vault's audit log it was, unless what it says is no such name."""
         faulty.on("x", secret({"a": "1"}, request_id=said))
         assert (await read(vault)).request_id == known
+        for path in ("auth/kubernetes/login", "auth/token/renew-self", "sys/leases/renew"):
+            faulty.on(path, Answer(body={"auth": {"client_token": "hvs.new"}, "request_id": said}))
+        assert (await vault.login(LOGIN, Sensitive("jwt"), within())).request_id == known
+        assert (await vault.renew_token(TOKEN, 60, within())).request_id == known
+        assert (await vault.renew_lease(TOKEN, "lease", 60, within())).request_id == known
 
 
 class TestLives:
     async def test_renew_token(self, real: Vault, shop: EcommerceStand) -> None:
         """renew-self gives the seconds asked for, within the token's maximum; a dead token is gone."""
         own = child_token(shop.openbao, ttl="60s", explicit_max_ttl="120s")
-        assert await real.renew_token(own, 90, within()) == 90
-        assert 100 < await real.renew_token(own, 3600, within()) <= 120  # capped, and answered 200
+        assert (await real.renew_token(own, 90, within())).ttl == 90
+        assert 100 < (await real.renew_token(own, 3600, within())).ttl <= 120  # capped, and answered 200
         await real.revoke_token(own, within())
         with pytest.raises(LeaseGone):
             await real.renew_token(own, 60, within())
@@ -954,7 +959,7 @@ class TestLives:
         answer = await read(real, "database/creds/ecommerce-readonly", own)
         assert (answer.leased, answer.lease_duration, answer.renewable) == (True, 3600, True)
         assert answer.certificate_end is None
-        assert await real.renew_lease(own, answer.lease_id, 1800, within()) == 1800
+        assert (await real.renew_lease(own, answer.lease_id, 1800, within())).ttl == 1800
         shop.openbao.api("POST", "sys/leases/revoke", {"lease_id": answer.lease_id, "sync": True})
         with pytest.raises(LeaseGone, match=r"lease not found"):
             await real.renew_lease(own, answer.lease_id, 1800, within())

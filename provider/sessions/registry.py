@@ -112,7 +112,7 @@ class Sessions:
             session = self._add(Session(identity, spec.pod, vault, self._around))
         self._sessions.move_to_end(identity)
         session.class_name = spec.class_name
-        return await session.fetch(spec.target_path, reads, log_in, deadline)
+        return await session.fetch(spec.target_path, reads, log_in, deadline, spec.objects)
 
     def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret], made: object = None) -> None:
         """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone.

@@ -27,7 +27,7 @@ from provider.sessions.lifetime import Lifetime, certificate_life, must_replace
 from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import Snapshot
-from provider.spc import Pod, SecretRequest
+from provider.spc import ObjectSpec, Pod, SecretRequest
 from provider.state import StateDir
 from provider.telemetry.events import (
     Issued,
@@ -41,7 +41,7 @@ from provider.telemetry.events import (
     Telemetry,
     Who,
 )
-from provider.vault import EngineMount, LeaseGone, RenewalRefused, Vault, VaultSecret
+from provider.vault import EngineMount, LeaseGone, RenewalRefused, Renewed, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -79,6 +79,15 @@ class _Mount:
     interval: float
     log_in: LogIn
     deadline: float
+    objects: Sequence[ObjectSpec]
+
+    def objects_of(self, read: Read) -> list[ObjectSpec]:
+        """The objects that are made of the answer to ``read``."""
+        return [
+            wanted
+            for wanted in self.objects
+            if wanted.fresh == read.fresh and any(source.request == read.request for source in wanted.sources)
+        ]
 
 
 class Session:
@@ -99,10 +108,13 @@ class Session:
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
-    async def fetch(self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Fetched:
+    async def fetch(
+        self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float, objects: Sequence[ObjectSpec]
+    ) -> Fetched:
         """The answer to each of ``reads``, or the error that it failed with.
 
-        ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time.
+        ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time. ``objects`` are what
+        the reads are for.
         Where the login fails, all of them have the one error object in common.
         """
         self.mounted_at = self._clock.now()
@@ -111,7 +123,7 @@ class Session:
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         began = self._has.newest.serial if self._has.newest else -1
-        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline)
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects)
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
@@ -186,6 +198,7 @@ class Session:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
             for_lease = old is not None or not self._has.is_static(request)
             token = self._token_at_hand(mount, for_lease=for_lease, replaced=old) or await self._new_token(mount)
+            began = self._clock.now() if for_lease else None
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
             if old is None or not old.lives(self._clock.now()):
@@ -193,7 +206,7 @@ class Session:
             _log.warning("kept the old credential of %s: %s", request.path, error, extra=self._about())
             return old.secret
         if secret.leased or secret.certificate_end is not None:
-            await self._keep(read, secret, token, mount)
+            await self._keep(read, secret, token, mount, began)
         else:
             self._has.note_static(request)
         return secret
@@ -201,10 +214,12 @@ class Session:
     async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
         token = self._token_at_hand(mount) or await self._new_token(mount)
+        began = self._clock.now()
         secret, token = await self._read(read.request, token, mount)
         token.bears_leases |= secret.leased
         if secret.leased:
-            self._record_issue(read.request, secret, token, secret.lease_duration, again=False)
+            seconds = self._clock.now() - began
+            self._record_issue(read, secret, token, mount, secret.lease_duration, again=False, seconds=seconds)
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
@@ -245,8 +260,12 @@ class Session:
         token.dead = True
         _log.warning("Vault does not know the pod's token any more; logging in anew", extra=self._about())
 
-    async def _keep(self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount) -> None:
+    async def _keep(
+        self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount, began: float | None
+    ) -> None:
+        """Keep what is leased or issued. ``began`` is when Vault was asked, None where nobody expected such a thing."""
         request, end = read.request, secret.certificate_end
+        seconds = self._clock.now() - began if began is not None else None
         if secret.leased:
             # A renewal is a use of the token, and its last use revokes what it was given: better replaced than renewed.
             ttl, renewable = secret.lease_duration, secret.renewable and token.uses_left is None
@@ -265,15 +284,33 @@ class Session:
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
-        self._record_issue(request, secret, token, ttl, again=old is not None)
+        self._record_issue(read, secret, token, mount, ttl, again=old is not None, seconds=seconds)
         self._warn_if_short(kept, mount.interval)
 
     def _record_issue(
-        self, request: SecretRequest, secret: VaultSecret, token: HeldToken, ttl: float, *, again: bool
+        self,
+        read: Read,
+        secret: VaultSecret,
+        token: HeldToken,
+        mount: _Mount,
+        ttl: float,
+        *,
+        again: bool,
+        seconds: float | None,
     ) -> None:
-        kind = Kind.LEASED if secret.leased else Kind.ISSUED
         self._around.telemetry.record(
-            Issued(self._who(), request.path, kind, token.auth.accessor, secret.lease_id, secret.request_id, ttl, again)
+            Issued(
+                self._who(),
+                read.request.path,
+                Kind.LEASED if secret.leased else Kind.ISSUED,
+                token.auth.accessor,
+                secret.lease_id,
+                secret.request_id,
+                ttl,
+                again,
+                seconds,
+                functools.partial(mount.objects_of, read),
+            )
         )
 
     async def _issued(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> bool:
@@ -390,7 +427,7 @@ class Session:
         self,
         life: Lifetime,
         token: HeldToken,
-        ask: Callable[..., Coroutine[Any, Any, float]],
+        ask: Callable[..., Coroutine[Any, Any, Renewed]],
         *lease_id: str,
         path: str = "auth/token",
         sure: bool = True,
@@ -399,12 +436,12 @@ class Session:
         began = self._clock.now()
         if life.renew_at > began:
             return
-        ttl, reason = 0.0, ""
+        ttl, reason, request_id = 0.0, "", ""
         about = self._about() | {"path": path}
         self._has.changed = True
         try:
             async with asyncio.timeout(RENEWAL_SECONDS):
-                ttl = await ask(token.auth.token, *lease_id, life.granted, self._soon())
+                renewed = await ask(token.auth.token, *lease_id, life.granted, self._soon())
         except LeaseGone as gone:
             outcome, reason = Renewing.GONE, str(gone)
             if not sure:
@@ -436,7 +473,7 @@ class Session:
             life.unanswered(self._clock.now(), random.random())
             _log.exception("renewal failed on a bug, trying again", extra=about)
         else:
-            outcome = Renewing.RENEWED
+            outcome, ttl, request_id = Renewing.RENEWED, renewed.ttl, renewed.request_id
             self._has.renewed(life, ttl)
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
         self._around.telemetry.record(
@@ -449,6 +486,7 @@ class Session:
                 ttl,
                 self._clock.now() - began,
                 reason,
+                request_id,
             )
         )
 

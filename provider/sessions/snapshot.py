@@ -148,14 +148,14 @@ def _later(own: Lifetime, other: Lifetime) -> None:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    """A dataclass's own fields. Not ``asdict``, which copies all that is below, the responses too."""
+    """A dataclass's own fields that tell it apart. Not ``asdict``, which copies all below, the responses too."""
     kind: Any = type(record)  # which mypy does not take for hashable
     return {name: getattr(record, name) for name in _names(kind)}
 
 
 @functools.cache
 def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind) if field.init)
+    return tuple(field.name for field in fields(kind) if field.init and field.compare)
 
 
 def _finite(life: Lifetime) -> dict[str, Any]:

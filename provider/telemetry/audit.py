@@ -142,11 +142,12 @@ class Audit:
         outcome = OK if error is None else REFUSED if isinstance(error, LoginDenied) else UNANSWERED
         told = self._line("login", outcome, event.seconds)
         told |= _who(spec.pod, spec.class_name, spec.login, spec.server)
+        told |= {"request_id": _safe(event.request_id)}
         told |= {"accessor": _safe(event.accessor), "ttl_seconds": round(event.ttl)}
         return told if error is None else told | {"code": error.code.name, "reason": _safe(str(error))}
 
     def _issued(self, event: Issued) -> dict[str, Any]:
-        return self._of_session("reissue" if event.again else "issue", OK, None, event.who) | {
+        told = self._of_session("reissue" if event.again else "issue", OK, event.seconds, event.who) | {
             "path": _safe(event.path),
             "kind": event.kind.value,
             "request_id": _safe(event.request_id),
@@ -154,11 +155,13 @@ class Audit:
             "accessor": _safe(event.accessor),
             "ttl_seconds": round(event.ttl),
         }
+        return told | _objects(event.objects(), _wanted)
 
     def _renewal(self, event: Renewal) -> dict[str, Any]:
         outcome = OK if event.outcome is Renewing.RENEWED else event.outcome.value
         told = self._of_session("renewal", outcome, event.seconds, event.who) | {
             "path": _safe(event.path),
+            "request_id": _safe(event.request_id),
             "lease_sha256": lease_sha256(event.lease_id),
             "accessor": _safe(event.accessor),
             "ttl_seconds": round(event.ttl),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 from provider.errors import ProviderError
-from provider.spc.model import Login, MountSpec, Pod, VaultServer
+from provider.spc.model import Login, MountSpec, ObjectSpec, Pod, VaultServer
 
 _log = logging.getLogger(__name__)
 
@@ -120,18 +120,26 @@ class MountRefused:
 
 @dataclass(frozen=True, slots=True)
 class LoggedIn:
-    """A pod logged in to Vault, or tried to: ``error`` says why not. ``ttl`` is in seconds, 0 for no end."""
+    """A pod logged in to Vault, or tried to: ``error`` says why not. ``ttl`` is in seconds, 0 for no end.
+
+    ``request_id`` is that of Vault's response, which has one where it gave a token.
+    """
 
     spec: MountSpec
     accessor: str
     ttl: float
     seconds: float
     error: ProviderError | None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """Vault gave a lease or a certificate to a pod; ``again`` in place of one that could live no longer."""
+    """Vault gave a lease or a certificate to a pod; ``again`` in place of one that could live no longer.
+
+    ``seconds`` is how long Vault took, None where nobody knew that this would be one. ``objects`` makes the list of the
+    objects that it is for in the class that asked for it, for who wants to know them.
+    """
 
     who: Who
     path: str
@@ -141,6 +149,8 @@ class Issued:
     request_id: str
     ttl: float
     again: bool
+    seconds: float | None = None
+    objects: Callable[[], Sequence[ObjectSpec]] = field(default=tuple, repr=False)
 
 
 class Renewing(enum.Enum):
@@ -154,7 +164,10 @@ class Renewing(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """A token (``lease_id`` "") or a lease was to be renewed. ``ttl``, in seconds, is what Vault gave."""
+    """A token (``lease_id`` "") or a lease was to be renewed. ``ttl``, in seconds, is what Vault gave.
+
+    ``request_id`` is that of Vault's response, which has one where it renewed.
+    """
 
     who: Who
     path: str
@@ -164,6 +177,7 @@ class Renewal:
     ttl: float
     seconds: float
     reason: str
+    request_id: str = ""
 
 
 class Revoking(enum.Enum):

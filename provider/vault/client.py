@@ -48,7 +48,10 @@ _SYSTEM: Final = "sys/"
 
 @dataclass(frozen=True, slots=True)
 class Auth:
-    """What a login gave. ``ttl`` is in seconds, 0 for a token without end; ``num_uses`` 0 means without limit."""
+    """What a login gave. ``ttl`` is in seconds, 0 for a token without end; ``num_uses`` 0 means without limit.
+
+    ``request_id`` is as VaultSecret's. It is of the login, not of the token, and nobody keeps it.
+    """
 
     token: Sensitive[str]
     accessor: str
@@ -57,6 +60,15 @@ class Auth:
     entity_id: str
     policies: tuple[str, ...]
     num_uses: int
+    request_id: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What a renewal gave: a life of ``ttl`` seconds from now. ``request_id`` is as VaultSecret's."""
+
+    ttl: float
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +88,7 @@ class VaultSecret:
     @property
     def request_id(self) -> str:
         """Vault's name for the request that gave this answer, by which its audit log knows it; "" where it has none."""
-        found = self.response.get("request_id")
-        return found if isinstance(found, str) and len(found) <= MAX_REQUEST_ID else ""
+        return _request_id(self.response)
 
     @property
     def certificate_end(self) -> float | None:
@@ -156,6 +167,7 @@ class Vault:
             entity_id=str(auth.get("entity_id") or ""),
             policies=_policies(auth),
             num_uses=int(_seconds(auth.get("num_uses"))),
+            request_id=_request_id(answer),
         )
 
     async def read(
@@ -201,8 +213,8 @@ class Vault:
             renewable=bool(answer.get("renewable")),
         )
 
-    async def renew_token(self, token: Sensitive[str], increment: float, deadline: float) -> float:
-        """Ask for ``increment`` more seconds of life; return the seconds that Vault gave.
+    async def renew_token(self, token: Sensitive[str], increment: float, deadline: float) -> Renewed:
+        """Ask for ``increment`` more seconds of life.
 
         Raises LeaseGone (403: the token is dead), RenewalRefused, VaultUnavailable.
         """
@@ -216,10 +228,11 @@ class Vault:
                 raise LeaseGone(f"the token is gone: {refusal.words}") from refusal
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
         auth = answer.get("auth")
-        return _seconds(auth.get("lease_duration") if isinstance(auth, dict) else 0)
+        ttl = _seconds(auth.get("lease_duration") if isinstance(auth, dict) else 0)
+        return Renewed(ttl, _request_id(answer))
 
-    async def renew_lease(self, token: Sensitive[str], lease_id: str, increment: float, deadline: float) -> float:
-        """Ask for ``increment`` more seconds of a lease's life; return the seconds that Vault gave.
+    async def renew_lease(self, token: Sensitive[str], lease_id: str, increment: float, deadline: float) -> Renewed:
+        """Ask for ``increment`` more seconds of a lease's life.
 
         Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission),
         VaultUnavailable.
@@ -233,7 +246,7 @@ class Vault:
             if refusal.status == 400 and "lease not found" in refusal.words:
                 raise LeaseGone(f"the lease is gone: {refusal.words}") from refusal
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
-        return _seconds(answer.get("lease_duration"))
+        return Renewed(_seconds(answer.get("lease_duration")), _request_id(answer))
 
     async def revoke_token(self, token: Sensitive[str], deadline: float, *, may_lookup: bool = True) -> None:
         """Revoke the token and every lease under it; a token that is gone already is no error.
@@ -444,6 +457,11 @@ def _values(body: Sensitive[str]) -> list[Sensitive[str]]:
     return found
 
 
+def _request_id(answer: Mapping[str, Any]) -> str:
+    found = answer.get("request_id")
+    return found if isinstance(found, str) and len(found) <= MAX_REQUEST_ID else ""
+
+
 def _seconds(value: object) -> float:
     """A number of Vault's as it should be; whatever else it may be counts as 0."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12:
@@ -456,6 +474,7 @@ __all__ = [
     "EngineMount",
     "LeaseGone",
     "RenewalRefused",
+    "Renewed",
     "Vault",
     "VaultSecret",
     "VaultServers",
