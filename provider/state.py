@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -37,8 +38,12 @@ MAX_FILE_BYTES: Final = 4 * 1024 * 1024
 # What a daemon left that died between writing a file and renaming it; a younger one may be at it.
 LEFTOVER_SECONDS: Final = 60.0
 _NAME: Final = re.compile(r"[0-9a-f]{32}\.session")
+_OUR_NAMES: Final = re.compile(r"[0-9a-f]{32}\.(?:session|lock)|directory\.lock")
+# Whatever stands in a file's place, opening it follows no link, and waits for nobody at the other end of a pipe.
+_GUARDED: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # Two daemons overlap for seconds; a lock is held while one of them logs in or reads a credential.
 _LOCK_POLL_SECONDS: Final = 0.02
+_NO_FILE: Final = "it is no regular file"
 
 
 class StateUnusable(ProviderError):
@@ -75,7 +80,7 @@ class StateDir:
         self._make()
         with contextlib.suppress(OSError):  # on a disk that is read-only for now they are in nobody's way
             for left in self._path.glob("*.session.*.new"):
-                if time.time() - left.stat().st_mtime > LEFTOVER_SECONDS:
+                if time.time() - left.lstat().st_mtime > LEFTOVER_SECONDS:
                     left.unlink()
 
     def keys(self) -> list[str]:
@@ -89,7 +94,7 @@ class StateDir:
         """The generation of an entry without opening it; None where there is none. It is not yet proven."""
         # Asked at each mount, and so without what makes a path and a file comfortable.
         try:
-            descriptor = os.open(f"{self._path}/{key}.session", os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"{self._path}/{key}.session", os.O_RDONLY | _GUARDED)
         except OSError:
             return None
         try:
@@ -160,7 +165,7 @@ class StateDir:
         return self._path / f"{key}.lock"
 
     def _make(self) -> None:
-        """Make the directory, or check that it is ours."""
+        """Make the directory, or check that it is ours, and that our names in it are files of ours."""
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = self._path.lstat()
@@ -168,19 +173,31 @@ class StateDir:
                 raise StateUnusable(f"the state directory {self._path} is no directory", "remove it")
             if found.st_uid != os.geteuid():
                 raise StateUnusable(f"the state directory {self._path} belongs to another user", "remove it")
-            if stat.S_IMODE(found.st_mode) != 0o700:
+            mode = stat.S_IMODE(found.st_mode)
+            if mode != 0o700:
                 self._path.chmod(0o700)
+                told = "the state directory %s had mode %04o and is its user's alone from now on"
+                if mode & 0o022:
+                    told += ": others may have removed sessions from it"
+                _log.log(logging.WARNING if mode & 0o022 else logging.INFO, told, self._path, mode)
+            # Those that could write to it until now may have put there what makes us wait, or write elsewhere.
+            for name in filter(_OUR_NAMES.fullmatch, os.listdir(self._path)):
+                with contextlib.suppress(FileNotFoundError):  # another daemon's session has ended
+                    found = (self._path / name).lstat()
+                    if not stat.S_ISREG(found.st_mode):
+                        self._rename_aside(name, _NO_FILE)
+                    elif found.st_uid != os.geteuid():
+                        self._rename_aside(name, "it belongs to another user")
         except OSError as error:
             raise StateUnusable(f"cannot use the state directory {self._path}: {error.strerror}") from error
 
     def _open_lock(self, path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
             try:
-                return os.open(path, flags, 0o600)
+                return _open_file(path, os.O_RDWR | os.O_CREAT)
             except FileNotFoundError:  # whoever removed the files took the directory too
                 self._make()
-                return os.open(path, flags, 0o600)
+                return _open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise self._failed("lock in", error) from error
 
@@ -198,9 +215,12 @@ class StateDir:
     def _load(self, key: str) -> Entry | None:
         path = self._file(key)
         try:
-            with path.open("rb") as file:
+            with open(_open_file(path, os.O_RDONLY), "rb") as file:
                 raw = file.read(MAX_FILE_BYTES + 1)
         except FileNotFoundError:
+            return None
+        except _NoFile as error:
+            self.set_aside(key, error.strerror)
             return None
         except OSError as error:
             _log.warning("cannot read the session state %s: %s", path.name, error.strerror)
@@ -229,10 +249,15 @@ class StateDir:
 
     def set_aside(self, key: str, fault: str) -> None:
         """Rename an entry so that it is not looked at again, and say why."""
-        path = self._file(key)
-        _log.warning("the session state %s is set aside as %s.aside: %s", path.name, path.name, fault)
-        with contextlib.suppress(OSError):
-            path.replace(path.with_name(path.name + ".aside"))
+        self._rename_aside(self._file(key).name, fault)
+
+    def _rename_aside(self, name: str, fault: str) -> None:
+        try:
+            (self._path / name).replace(self._path / f"{name}.aside")
+        except OSError as error:
+            _log.warning("the session state %s cannot be set aside (%s): %s", name, error.strerror, fault)
+        else:
+            _log.warning("the session state %s is set aside as %s.aside: %s", name, name, fault)
 
     def _save(self, key: str, entry: Entry) -> None:
         path = self._file(key)
@@ -252,8 +277,7 @@ class StateDir:
         raw = head + nonce + self._cipher.encrypt(nonce, plain, head + path.name.encode())
         fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
+            with open(_create(fresh), "wb") as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
@@ -275,6 +299,37 @@ class StateDir:
             os.close(descriptor)
 
 
+class _NoFile(OSError):
+    """Where a file of ours should be is something else."""
+
+    strerror: str
+
+
+def _open_file(path: Path, flags: int) -> int:
+    """The descriptor of a regular file. Raises _NoFile where it is none, and OSError."""
+    fault = _NoFile(errno.EINVAL, _NO_FILE)
+    try:
+        descriptor = os.open(path, flags | _GUARDED, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a directory
+            raise fault from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise fault
+    return descriptor
+
+
+def _create(path: Path) -> int:
+    """The descriptor of a new file, in place of whatever has its name. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _GUARDED
+    try:
+        return os.open(path, flags, 0o600)
+    except FileExistsError:  # most often of a daemon of our process ID, which is the same in each container
+        path.unlink()
+        return os.open(path, flags, 0o600)
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -285,6 +340,6 @@ def _try_lock(descriptor: int) -> bool:
 
 def _same_file(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:
         return False

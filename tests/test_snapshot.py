@@ -6,7 +6,6 @@ import asyncio
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from provider.vault import Auth, VaultSecret
 from tests.stand.simnode import CERTIFICATE, KEY, PRIVATE_KEY, STATIC, Key, Stage, credential
 from tests.stand.simtime import simulated
 from tests.stand.simvault import Creds, Role
+from tests.test_audit import no_file_larger_than
 
 HOUR = 3600.0
 

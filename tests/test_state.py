@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from provider.state import FORMAT, MAGIC, MAX_FILE_BYTES, Entry, StateDir, StateUnusable
+from tests.test_audit import no_file_larger_than
 
 KEY = b"k" * 32
 NAME = "0123456789abcdef0123456789abcdef"
@@ -217,10 +220,161 @@ async def test_other_names_are_nobodys_entries(state: StateDir, directory: Path)
 
 
 async def test_unreadable_file_is_no_entry(state: StateDir, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What cannot be read at all is told of, and left."""
-    (directory / f"{NAME}.session").mkdir()
-    assert await state.load(NAME) is None
+    """What cannot be read for now is told of, and left."""
+    await saved(state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert await state.load(NAME) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "cannot read the session state" in caplog.text
+    assert await state.load(NAME) == Entry(1, PAYLOAD)
+
+
+# What is no file --------------------------------------------------------------------------------------------------
+
+
+def _socket(path: Path) -> None:
+    # Made in the directory itself, since the whole path may be too long for a socket's.
+    with socket.socket(socket.AF_UNIX) as made:
+        before = os.open(".", os.O_RDONLY)
+        os.chdir(path.parent)
+        try:
+            made.bind(path.name)
+        finally:
+            os.fchdir(before)
+            os.close(before)
+
+
+def _link(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    elsewhere.write_text("of others")
+    path.symlink_to(elsewhere)
+
+
+def _link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.parent.parent / "pipe")
+    path.symlink_to(path.parent.parent / "pipe")
+
+
+NO_FILES: dict[str, Callable[[Path], None]] = {
+    "pipe": os.mkfifo,
+    "socket": _socket,
+    "directory": Path.mkdir,
+    "link": _link,
+    "link to itself": _link_to_itself,
+    "link to a pipe": _link_to_a_pipe,
+    "link to nothing": lambda path: path.symlink_to(path.parent.parent / "made"),
+}
+
+
+def untouched(directory: Path) -> bool:
+    """Whether what links lead to is as it was."""
+    elsewhere = directory.parent / "elsewhere"
+    return not (directory.parent / "made").exists() and (not elsewhere.exists() or elsewhere.read_text() == "of others")
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+async def test_what_is_no_file_in_place_of_an_entry(
+    state: StateDir, directory: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It keeps nobody waiting and leads nowhere: it is set aside with a warning, and the entry takes its place."""
+    path = directory / f"{NAME}.session"
+    NO_FILES[kind](path)
+    assert state.generation(NAME) in (None, 0)
+    assert await state.load(NAME) is None
+    assert "is set aside" in caplog.text
+    assert "it is no regular file" in caplog.text
+    assert state.keys() == []
+    await saved(state)
+    assert await state.load(NAME) == Entry(1, PAYLOAD)
+    assert stat.S_ISREG(path.lstat().st_mode)
+    assert untouched(directory)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+async def test_what_is_no_file_in_place_of_a_new_one(state: StateDir, directory: Path, kind: str) -> None:
+    """What has the name under which an entry is written is removed, not written to; a directory is an error."""
+    NO_FILES[kind](directory / f"{NAME}.session.{os.getpid()}.new")
+    if kind == "directory":
+        with pytest.raises(StateUnusable, match="cannot write to"):
+            await saved(state)
+    else:
+        await saved(state)
+        assert await state.load(NAME) == Entry(1, PAYLOAD)
+        assert [path.name for path in directory.iterdir()] == [f"{NAME}.session"]
+    assert untouched(directory)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+async def test_what_is_no_file_in_place_of_a_lock(state: StateDir, directory: Path, kind: str) -> None:
+    """It is no lock, and an error that says so; a link makes no file elsewhere."""
+    NO_FILES[kind](directory / f"{NAME}.lock")
+    with pytest.raises(StateUnusable, match=r"cannot lock in .*: it is no regular file"):
+        async with state.lock(NAME):
+            pass
+    assert untouched(directory)
+    (directory / f"{NAME}.lock").rename(directory / "directory.lock")
+    with pytest.raises(StateUnusable, match="it is no regular file"):
+        state.hold()
+    assert untouched(directory)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+async def test_directory_that_others_wrote_to(directory: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is narrowed, which is told; what they put in place of entries and locks is set aside, and all works."""
+    caplog.set_level("INFO")
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    NO_FILES[kind](directory / f"{NAME}.lock")
+    (directory / "directory.lock").symlink_to(directory.parent / "made")
+    (directory / f"{OTHER}.session").symlink_to(directory.parent / "made")
+    state = StateDir(str(directory), KEY)
+    assert mode(directory) == 0o700
+    assert "had mode 0777 and is its user's alone from now on: others may have removed sessions" in caplog.text
+    assert caplog.text.count("it is no regular file") == 3
+    assert state.hold()
+    async with state.lock(NAME):
+        await saved(state)
+    assert state.keys() == [NAME]
+    state.close()
+    assert untouched(directory)
+    caplog.clear()
+    StateDir(str(directory), KEY)
+    assert caplog.text == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_files_of_others_are_set_aside(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A lock that another user made could be held by that user for ever; other names are left."""
+    directory.mkdir(mode=0o700, parents=True)
+    for name in ("directory.lock", f"{NAME}.session", "notes.txt"):
+        (directory / name).touch()
+        os.chown(directory / name, 1234, 1234)
+    state = StateDir(str(directory), KEY)
+    assert caplog.text.count("it belongs to another user") == 2
+    assert {path.name for path in directory.iterdir()} == {
+        "directory.lock.aside",
+        f"{NAME}.session.aside",
+        "notes.txt",
+    }
+    assert state.hold()
+    state.close()
+
+
+async def test_what_cannot_be_set_aside_is_told_so(
+    state: StateDir, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the name is taken by what cannot be replaced, the warning does not claim that it was."""
+    (directory / f"{NAME}.session").write_bytes(b"")
+    (directory / f"{NAME}.session.aside").mkdir()
+    assert await state.load(NAME) is None
+    assert "cannot be set aside (Is a directory): it is damaged" in caplog.text
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -269,8 +423,7 @@ async def test_contents_are_on_disk_before_the_name(state: StateDir, monkeypatch
 async def test_full_disk_leaves_the_old(state: StateDir, directory: Path) -> None:
     """Where there is no space, the error is one of ours, the old entry stays, and no half file is left."""
     await saved(state)
-    (directory / f"{NAME}.session.{os.getpid()}.new").symlink_to("/dev/full")
-    with pytest.raises(StateUnusable, match="No space left"):
+    with no_file_larger_than(10), pytest.raises(StateUnusable, match="File too large"):
         await state.save(NAME, Entry(2, {"second": True}))
     assert await state.load(NAME) == Entry(1, PAYLOAD)
     assert {path.name for path in directory.iterdir()} == {f"{NAME}.session"}
@@ -303,14 +456,12 @@ async def test_directory_that_cannot_be_made_again(state: StateDir, directory: P
         state.hold()
 
 
-async def test_fault_is_told_once(state: StateDir, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_fault_is_told_once(state: StateDir, caplog: pytest.LogCaptureFixture) -> None:
     """However many entries meet it, one fault is one line, and its end another; the next fault is told again."""
     caplog.set_level("INFO")
     for round_ in (1, 2):
-        (directory / f"{NAME}.session.{os.getpid()}.new").symlink_to("/dev/full")
-        (directory / f"{OTHER}.session.{os.getpid()}.new").symlink_to("/dev/full")
         for name in (NAME, OTHER):
-            with pytest.raises(StateUnusable):
+            with no_file_larger_than(10), pytest.raises(StateUnusable):
                 await state.save(name, Entry(1, PAYLOAD))
         assert caplog.text.count("cannot write to the state directory") == round_
         assert caplog.text.count("is written to again") == round_ - 1
