@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,171 +29,591 @@ ALERTS: dict[str, dict[str, Any]] = {rule["alert"]: rule for group in RULES["gro
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 
-# The labels of a daemon as Prometheus knows it, and as kube-state-metrics does.
-DAEMON = 'namespace="vault-csi-provider", pod="vault-csi-provider-x", instance="10.0.0.1:8080", job="provider"'
-OTHER = DAEMON.replace("-x", "-y").replace("0.1:", "0.2:")
-HELD = {"namespace": "vault-csi-provider", "pod": "vault-csi-provider-x", "instance": "10.0.0.1:8080"}
+# What the tests' daemons, pods and nodes are called.
+POD_LABELS = {"namespace": "vault-csi-provider", "pod": "vault-csi-provider-x", "node": "node-1"}
+HELD = {**POD_LABELS, "instance": "10.0.0.1:8080"}
+JOB = {"job": "provider"}
+WEB = {"pod_namespace": "shop", "pod_name": "web-0", "node": "node-1"}
+
+
+def named(name: str, **labels: str) -> str:
+    """A series as promtool takes it."""
+    return name + "{" + ", ".join(f'{label}="{value}"' for label, value in labels.items()) + "}"
+
+
+def told(name: str, **labels: str) -> str:
+    """A series of the daemon on node-1, as Prometheus knows it."""
+    return named(name, **HELD, **JOB, **labels)
+
+
+def of_node(series: str, number: int) -> str:
+    """The series of the daemon on another node."""
+    return (
+        series.replace("provider-x", f"provider-{number}")
+        .replace("node-1", f"node-{number}")
+        .replace("10.0.0.1:", f"10.0.0.{number}:")
+    )
+
+
+HOUR = 60
+"""As many minutes as the series of what an alert must be quiet at have at most."""
+
+
+NEVER = 1e9
+"""For +Inf, which promtool does not read: no lease ends."""
+
+
+# Series in promtool's words, at a scrape each half minute.
+def flat(value: float, minutes: float) -> str:
+    """The value for so long."""
+    return f"{value:g}x{round(2 * minutes) - 1}"
+
+
+def grow(start: float, by: float, minutes: float) -> str:
+    """A value that changes by so much a minute."""
+    return f"{start:g}{by / 2:+g}x{round(2 * minutes) - 1}"
+
+
+def none(minutes: float) -> str:
+    """No series yet."""
+    return f"_x{round(2 * minutes)}"
+
+
+def ended(minutes: float) -> str:
+    """The scrape does not have the series any more."""
+    return f"stale _x{round(2 * minutes) - 1}"
+
+
+def line(*parts: str) -> str:
+    """One after the other."""
+    return " ".join(parts)
 
 
 @dataclass(frozen=True)
-class Case:
-    """Series, a value each minute, under which an alert fires at some minute, and under which it does not."""
+class Fires:
+    """Series under which an alert fires at a minute, and is quiet at another before."""
 
-    fires: Mapping[str, str]
-    quiet: Mapping[str, str]
+    why: str
+    series: Mapping[str, str]
     summary: str
+    minute: int
     labels: Mapping[str, str] = field(default_factory=dict)
-    minute: int = 20
+    quiet_at: int = 0
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """Series under which an alert fires at no time."""
+
+    why: str
+    series: Mapping[str, str]
+
+
+AWAY = told("vault_csi_vault_away", address="https://v")
+SEALED = told("vault_requests_total", method="GET", path="other", status="503")
+ANSWERED = told("vault_requests_total", method="GET", path="secret/", status="200")
+FAILING = told("vault_csi_volume_failing_seconds", pod_namespace="shop", pod_name="web-0", mounted="true")
+NEVER_MOUNTED = FAILING.replace('mounted="true"', 'mounted="false"')
+OVER = told("vault_csi_lease_earliest_end_seconds", renewal="over")
+DUE = told("vault_csi_lease_earliest_end_seconds", renewal="due")
+REMOUNT = told("vault_csi_lease_earliest_end_seconds", renewal="remount")
+RENEWED = told("vault_csi_renewals_total", what="lease", outcome="renewed")
+UNANSWERED = told("vault_csi_renewals_total", what="lease", outcome="unanswered")
+REVOKED = told("vault_csi_revocations_total", outcome="revoked")
+REFUSED = told("vault_csi_revocations_total", outcome="refused")
+UNREVOKED = told("vault_csi_revocations_total", outcome="unanswered")
+SWEPT = told("vault_csi_sweeps_total", outcome="done")
+UNSWEPT = told("vault_csi_sweeps_total", outcome="failed")
+OUTAGE = told("vault_csi_audit_outage")
+LOST = told("vault_csi_audit_lines_lost_total")
+BUILD = told("vault_csi_build_info", version="1", python="3.11")
+
+# kube-state-metrics'.
+DAEMONSET = {"namespace": "vault-csi-provider", "daemonset": "vault-csi-provider"}
+MADE = {"created_by_kind": "DaemonSet", "created_by_name": "vault-csi-provider"}
+INFO = named("kube_pod_info", **POD_LABELS, **MADE)
+UNPLACED = INFO.replace("node-1", "")
+READY = named(
+    "kube_pod_status_ready", namespace="vault-csi-provider", pod="vault-csi-provider-x", condition="true", uid="u"
+)
+NODE = named("kube_node_status_condition", node="node-1", condition="Ready", status="true")
+DESIRED = named("kube_daemonset_status_desired_number_scheduled", **DAEMONSET)
+CURRENT = named("kube_daemonset_status_current_number_scheduled", **DAEMONSET)
+RESTARTS = named(
+    "kube_pod_container_status_restarts_total",
+    namespace="vault-csi-provider",
+    pod="vault-csi-provider-x",
+    container="provider",
+)
 
 
 def buckets(*by_bound: tuple[str, str]) -> dict[str, str]:
     """The series of a histogram of requests."""
-    return {f'vault_request_duration_seconds_bucket{{{DAEMON}, le="{bound}"}}': values for bound, values in by_bound}
+    return {told("vault_request_duration_seconds_bucket", le=bound): values for bound, values in by_bound}
 
 
-JOB = {"job": "provider"}
-POD = {"pod_namespace": "shop", "pod_name": "web-0"}
-FAILING = f'vault_csi_volume_failing_seconds{{{DAEMON}, pod_namespace="shop", pod_name="web-0", mounted='
-ENDS = f"vault_csi_lease_earliest_end_seconds{{{DAEMON}, renewal="
-UNANSWERED = f'vault_csi_renewals_total{{{DAEMON}, what="lease", outcome="unanswered"}}'
-REVOKED = f"vault_csi_revocations_total{{{DAEMON}, outcome="
-DESIRED = 'kube_daemonset_status_desired_number_scheduled{daemonset="vault-csi-provider", namespace="n"}'
-READY = 'kube_daemonset_status_number_ready{daemonset="vault-csi-provider", namespace="n"}'
-RESTARTS = 'kube_pod_container_status_restarts_total{pod="vault-csi-provider-x", container="provider", namespace="n"}'
+def rolled(nodes: int) -> dict[str, str]:
+    """One node after the other gets a new pod, at two minutes each: it is not ready for a minute, and none is before.
 
-CASES: dict[str, list[Case]] = {
+    Each pod has series of its own name, and those of the old one end.
+    """
+    series = {DESIRED: flat(nodes, HOUR), CURRENT: flat(nodes, HOUR)}
+    for number in range(1, nodes + 1):
+        at = 2 * number
+        series[of_node(NODE, number)] = flat(1, HOUR)
+        for name, values in (
+            (INFO, line(none(at), flat(1, HOUR - at))),
+            (READY, line(none(at), flat(0, 1), flat(1, HOUR - at - 1))),
+            (BUILD, line(none(at + 1), flat(1, HOUR - at - 1))),
+        ):
+            old = of_node(name, number)
+            series[old] = line(flat(1, at), ended(HOUR - at))
+            series[old.replace(f"provider-{number}", f"provider-{number}-new")] = values
+    return series
+
+
+# Vault fails over for 20 seconds, which is one scrape; then all goes on.
+FAILOVER = {
+    AWAY: line(flat(0, 10), "1", flat(0, 20)),
+    SEALED: line(flat(0, 10), flat(25, 20.5)),
+    ANSWERED: line(grow(0, 100, 10), grow(1000, 100, 20)),
+    told("vault_requests_total", method="GET", path="other", status="none"): line(flat(0, 10), flat(40, 20.5)),
+    FAILING: line(none(10), flat(0, 1.5), ended(20)),
+    UNANSWERED: line(flat(0, 10), flat(3, 20.5)),
+    RENEWED: grow(0, 2, 30),
+    DUE: flat(40, 30),
+    OVER: line(flat(NEVER, 10), flat(170, 1), flat(NEVER, 20)),
+    UNREVOKED: line(flat(0, 10), flat(2, 20)),
+    UNSWEPT: line(flat(0, 10), flat(1, 20)),
+    SWEPT: grow(0, 1, 30),
+    OUTAGE: flat(0, 30),
+    LOST: flat(0, 30),
+    BUILD: flat(1, HOUR),
+}
+# The daemon is another process: its counts begin anew.
+RESET = {
+    ANSWERED: line(grow(0, 100, 20), grow(0, 100, 20)),
+    **{
+        count: line(flat(70, 20), flat(0, 20))
+        for count in (SEALED, UNANSWERED, REFUSED, UNREVOKED, UNSWEPT, LOST, RESTARTS)
+    },
+    INFO: flat(1, HOUR),
+    READY: flat(1, HOUR),
+    DUE: flat(40, 40),
+    BUILD: flat(1, HOUR),
+}
+# Prometheus itself is away for five minutes, and comes back to what was before.
+AGAIN = {
+    **dict.fromkeys((INFO, READY, NODE, BUILD), line(flat(1, 20), ended(5), flat(1, 35))),
+    **dict.fromkeys((REFUSED, UNSWEPT, LOST, RESTARTS), line(flat(3, 20), ended(5), flat(3, 35))),
+    AWAY: line(flat(0, 20), ended(5), flat(0, 35)),
+    SWEPT: line(grow(0, 1, 20), ended(5), grow(25, 1, 35)),
+}
+# A node is drained and switched off: its daemon is not ready, then the node is not, and at last it is none.
+DRAINED = {
+    INFO: line(flat(1, 40), ended(20)),
+    READY: line(flat(1, 10), flat(0, 30), ended(20)),
+    NODE: line(flat(1, 11), flat(0, 29), ended(20)),
+    AWAY: line(flat(0, 10), ended(50)),
+    OVER: line(flat(NEVER, 10), ended(50)),
+    FAILING: line(none(9), flat(0, 1), ended(50)),
+    BUILD: line(flat(1, 10), ended(50)),
+    of_node(BUILD, 2): flat(1, HOUR),
+}
+# A pod was deleted after one failed re-mount; its sessions go with the sweep.
+DELETED = {
+    FAILING: line(none(10), flat(0, 10), ended(20)),
+    REMOUNT: line(flat(NEVER, 5), grow(300, -60, 5), flat(NEVER, 30)),
+    OVER: flat(NEVER, 40),
+    REVOKED: line(flat(0, 12), flat(1, 28)),
+    BUILD: flat(1, HOUR),
+}
+UNEVENTFUL = [
+    Quiet("Vault fails over for 20 seconds", FAILOVER),
+    Quiet("the daemon starts anew", RESET),
+    Quiet("a rolling update of twenty nodes takes forty minutes", rolled(20)),
+    Quiet("Prometheus starts anew", AGAIN),
+    Quiet("a node is drained and switched off", DRAINED),
+    Quiet("a pod is deleted", DELETED),
+]
+"""What no alert may fire at."""
+
+CASES: dict[str, list[Fires | Quiet]] = {
     "VaultCSIVaultUnreachable": [
-        Case(
-            fires={
-                f'vault_csi_vault_away{{{DAEMON}, address="https://v"}}': "0x10 1x20",
-                f'vault_csi_vault_away{{{OTHER}, address="https://v"}}': "0x10 1x20",
-            },
-            quiet={
-                f'vault_csi_vault_away{{{DAEMON}, address="https://v"}}': "1x10 0x20",
-                f'vault_csi_vault_away{{{OTHER}, address="https://v"}}': "0x19 1 0x10",
-            },
+        Fires(
+            "two nodes get no answer",
+            {AWAY: line(flat(0, 10), flat(1, 20)), of_node(AWAY, 2): line(flat(0, 10), flat(1, 20))},
             labels={"address": "https://v"},
             summary="2 nodes get no answer of Vault at https://v",
-        )
+            minute=13,
+            quiet_at=10,
+        ),
+        Quiet(
+            "of twenty nodes one always has lost Vault for half a minute",
+            {of_node(AWAY, number): line(flat(0, number / 2 + 1), "1", flat(0, 20)) for number in range(1, 21)},
+        ),
     ],
     "VaultCSIVaultSealed": [
-        Case(
-            fires={f'vault_requests_total{{{DAEMON}, method="GET", path="sys/", status="503"}}': "0x10 0+1x20"},
-            quiet={
-                f'vault_requests_total{{{DAEMON}, method="GET", path="sys/", status="503"}}': "0+1x10 10x20",
-                f'vault_requests_total{{{DAEMON}, method="GET", path="sys/", status="500"}}': "0+1x30",
+        Fires(
+            "it is sealed, and the daemon looks once a second",
+            {
+                AWAY: line(flat(0, 10), flat(1, 20)),
+                SEALED: line(flat(0, 10), grow(0, 55, 20)),
+                ANSWERED: line(grow(0, 100, 10), flat(1000, 20)),
             },
             labels=JOB,
             summary="Vault answers 503, so it is sealed or a load balancer finds no Vault",
-        )
+            minute=15,
+            quiet_at=10,
+        ),
+        Fires(
+            "a series that begins with the first 503",
+            {AWAY: line(none(10), flat(1, 20)), SEALED: line(none(10), grow(1, 55, 20))},
+            labels=JOB,
+            summary="Vault answers 503, so it is sealed or a load balancer finds no Vault",
+            minute=15,
+            quiet_at=10,
+        ),
+        Quiet(
+            "one 503 beside traffic",
+            {AWAY: flat(0, 30), SEALED: line(flat(0, 10), flat(1, 20)), ANSWERED: grow(0, 100, 30)},
+        ),
+        Quiet(
+            "one node after the other gets some",
+            {of_node(SEALED, number): line(flat(0, number), flat(100, 30 - number)) for number in range(1, 21)}
+            | {of_node(AWAY, number): line(flat(0, number), "1", flat(0, 30)) for number in range(1, 21)},
+        ),
+        Quiet(
+            "it does not answer at all",
+            {AWAY: line(flat(0, 10), flat(1, 20)), SEALED: line(flat(0, 5), flat(3, 25))},
+        ),
+        Quiet(
+            "an address that leads nowhere, and another Vault that fails over",
+            {
+                told("vault_csi_vault_away", address="https://typo"): flat(1, 30),
+                SEALED: line(flat(0, 10), flat(25, 20)),
+            },
+        ),
     ],
     "VaultCSIVaultFailing": [
-        Case(
-            fires={
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="200"}}': "0+80x30",
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="none"}}': "0+10x30",
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="502"}}': "0+10x30",
-            },
-            quiet={
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="200"}}': "0+80x30",
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="none"}}': "0+4x30",
-                f'vault_requests_total{{{DAEMON}, method="GET", path="secret/", status="403"}}': "0+16x30",
+        Fires(
+            "one request in five",
+            {
+                ANSWERED: grow(0, 80, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="none"): grow(0, 10, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="502"): grow(0, 10, 30),
             },
             labels=JOB,
             summary="20% of the requests to Vault fail",
-        )
+            minute=20,
+        ),
+        Quiet(
+            "one in twenty-five, and what is refused is not failed",
+            {
+                ANSWERED: grow(0, 80, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="none"): grow(0, 4, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="403"): grow(0, 16, 30),
+            },
+        ),
     ],
     "VaultCSIVaultSlow": [
-        Case(
-            fires=buckets(("1.0", "0+80x30"), ("2.5", "0+100x30"), ("+Inf", "0+100x30")),
-            quiet=buckets(("1.0", "0+95x30"), ("2.5", "0+100x30"), ("+Inf", "0+100x30")),
+        Fires(
+            "one in five takes over a second",
+            buckets(("1.0", grow(0, 80, 30)), ("2.5", grow(0, 100, 30)), ("+Inf", grow(0, 100, 30))),
             labels=JOB,
             summary="One request to Vault in ten takes 1.75s or longer",
-        )
+            minute=20,
+        ),
+        Quiet(
+            "one in twenty does",
+            buckets(("1.0", grow(0, 95, 30)), ("2.5", grow(0, 100, 30)), ("+Inf", grow(0, 100, 30))),
+        ),
     ],
     "VaultCSILoginsDenied": [
-        Case(
-            fires={f'vault_csi_logins_total{{{DAEMON}, path="auth/jwt/", outcome="denied"}}': "0x5 0+1x30"},
-            quiet={
-                f'vault_csi_logins_total{{{DAEMON}, path="auth/jwt/", outcome="denied"}}': "0 1x30",
-                f'vault_csi_logins_total{{{DAEMON}, path="auth/jwt/", outcome="success"}}': "0+1x30",
+        Fires(
+            "again and again",
+            {
+                told("vault_csi_logins_total", path="auth/jwt/", outcome="denied"): line(flat(0, 5), grow(0, 1, 30)),
             },
             labels={**JOB, "path": "auth/jwt/"},
             summary="Vault denies logins at auth/jwt/",
-        )
+            minute=20,
+            quiet_at=5,
+        ),
+        Quiet(
+            "one was, and others succeed",
+            {
+                told("vault_csi_logins_total", path="auth/jwt/", outcome="denied"): line(flat(0, 5), flat(1, 30)),
+                told("vault_csi_logins_total", path="auth/jwt/", outcome="success"): grow(0, 1, 30),
+            },
+        ),
     ],
     "VaultCSIRemountsFailing": [
-        Case(
-            fires={f'{FAILING}"true"}}': "_x10 30+60x20"},
-            quiet={f'{FAILING}"true"}}': "_x16 30+60x20", f'{FAILING}"false"}}': "30+60x30"},
-            labels=POD,
-            summary="shop/web-0 gets no new secrets for 10m 30s",
-        )
+        Fires(
+            "one re-mount after the other",
+            {FAILING: line(none(10), grow(0, 60, 20))},
+            labels=WEB,
+            summary="shop/web-0 gets no new secrets for 10m 0s",
+            minute=20,
+            quiet_at=15,
+        ),
+        Quiet(
+            "failures of less than five minutes, before the pod was deleted", {FAILING: line(none(1), flat(270, 10))}
+        ),
+        Quiet("it was never mounted", {NEVER_MOUNTED: grow(0, 60, 30)}),
     ],
     "VaultCSIMountsFailing": [
-        Case(
-            fires={f'{FAILING}"false"}}': "_x1 30+60x40"},
-            quiet={f'{FAILING}"false"}}': "_x10 30+60x20", f'{FAILING}"true"}}': "30+60x30"},
-            labels=POD,
-            summary="shop/web-0 waits for its secrets for 19m 30s",
-        )
+        Fires(
+            "one mount after the other",
+            {NEVER_MOUNTED: line(none(1), grow(0, 60, 40))},
+            labels=WEB,
+            summary="shop/web-0 waits for its secrets for 19m 0s",
+            minute=20,
+            quiet_at=16,
+        ),
+        Quiet("not for long", {NEVER_MOUNTED: line(none(10), grow(0, 60, 15))}),
+        Quiet("it was mounted before", {FAILING: grow(0, 60, 30)}),
     ],
     "VaultCSILeaseEnding": [
-        Case(
-            fires={f'{ENDS}"over"}}': "630-60x10 99999x20", f'{ENDS}"due"}}': "500x30", UNANSWERED: "0x30"},
-            # 90 seconds were left when a re-mount brought another.
-            quiet={f'{ENDS}"over"}}': "630-60x9 600x20", f'{ENDS}"due"}}': "500x30", UNANSWERED: "0+1x30"},
+        Fires(
+            "nothing follows it",
+            {OVER: line(grow(630, -60, 10.5), flat(NEVER, 20)), DUE: flat(500, 30), UNANSWERED: flat(0, 30)},
             labels=HELD,
-            summary="A credential that vault-csi-provider-x holds ends in 30s, unrenewed",
+            summary="A credential on node-1 ends in 30s, unrenewed",
             minute=13,
+            quiet_at=9,
         ),
-        Case(
-            fires={f'{ENDS}"over"}}': "99999x30", f'{ENDS}"due"}}': "600-60x9 30x20", UNANSWERED: "0x7 0+1x20"},
-            # A short TTL that is renewed in time is below a minute all the time.
-            quiet={f'{ENDS}"over"}}': "99999x30", f'{ENDS}"due"}}': "40x30", UNANSWERED: "0+1x4 4x30"},
+        Fires(
+            "its renewals are not answered",
+            {
+                OVER: flat(NEVER, 30),
+                DUE: line(grow(600, -60, 9.5), flat(30, 20)),
+                UNANSWERED: line(flat(0, 4), grow(0, 2, 26)),
+            },
             labels=HELD,
-            summary="A credential that vault-csi-provider-x holds ends in 30s, unrenewed",
-            minute=16,
+            summary="A credential on node-1 ends in 30s, unrenewed",
+            minute=12,
+            quiet_at=8,
+        ),
+        Quiet(
+            "a lease of 88 seconds that every re-mount replaces",
+            {REMOUNT: " ".join(["88 58"] * 30), OVER: flat(NEVER, 30), DUE: flat(NEVER, 30)},
+        ),
+        Quiet(
+            "a short one that is renewed, and some renewals of another's are tried again",
+            {OVER: flat(NEVER, 30), DUE: flat(40, 30), UNANSWERED: line(flat(0, 5), flat(1, 3), flat(2, 22))},
+        ),
+        Quiet(
+            "re-mounts replaced it with 90 seconds left",
+            {OVER: line(grow(630, -60, 9.5), flat(600, 20)), DUE: flat(500, 30), UNANSWERED: grow(0, 1, 30)},
         ),
     ],
     "VaultCSIRevocationsFailing": [
-        Case(
-            fires={f'{REVOKED}"unanswered"}}': "0x3 0+1x30", f'{REVOKED}"revoked"}}': "0+5x30"},
-            quiet={f'{REVOKED}"batch"}}': "0+1x30", f'{REVOKED}"revoked"}}': "0+5x30", f'{REVOKED}"refused"}}': "3x30"},
-            labels=JOB,
-            summary="Tokens of pods that are gone are not revoked",
-        )
+        Fires(
+            "not answered, again and again",
+            {UNREVOKED: line(flat(0, 3), grow(0, 0.7, 40)), REVOKED: grow(0, 5, 43)},
+            labels=HELD,
+            summary="Tokens of pods that are gone from node-1 are not revoked",
+            minute=25,
+            quiet_at=15,
+        ),
+        Fires(
+            "refused, which is final",
+            {REFUSED: line(flat(0, 3), flat(1, 40))},
+            labels=HELD,
+            summary="Tokens of pods that are gone from node-1 are not revoked",
+            minute=20,
+            quiet_at=10,
+        ),
+        Quiet(
+            "one was not answered, and then was",
+            {UNREVOKED: line(flat(0, 10), flat(1, 40)), REVOKED: line(flat(0, 11), flat(1, 39))},
+        ),
+        Quiet("those of batch tokens", {told("vault_csi_revocations_total", outcome="batch"): grow(0, 1, 40)}),
+        Quiet("refused long ago", {REFUSED: flat(3, 40)}),
+    ],
+    "VaultCSISweepsFailing": [
+        Fires(
+            "all of them",
+            {UNSWEPT: line(flat(0, 3), grow(0, 1, 60)), SWEPT: flat(0, 63)},
+            labels=HELD,
+            summary="Pods that are gone from node-1 are not found",
+            minute=20,
+            quiet_at=15,
+        ),
+        Fires(
+            "all since the right was taken away",
+            {UNSWEPT: line(flat(0, 20), grow(0, 1, 60)), SWEPT: line(grow(0, 1, 20), flat(20, 60))},
+            labels=HELD,
+            summary="Pods that are gone from node-1 are not found",
+            minute=52,
+            quiet_at=34,
+        ),
+        Quiet("every second", {UNSWEPT: grow(0, 1, 60), SWEPT: grow(0, 1, 60)}),
+        Quiet(
+            "the API server was away for ten minutes",
+            {
+                UNSWEPT: line(flat(0, 20), grow(0, 1, 10), flat(10, 30)),
+                SWEPT: line(grow(0, 1, 20), flat(20, 10), grow(20, 1, 30)),
+            },
+        ),
     ],
     "VaultCSIAuditNotWritten": [
-        Case(
-            fires={f"vault_csi_audit_outage{{{DAEMON}}}": "0x10 1x20"},
-            quiet={f"vault_csi_audit_outage{{{DAEMON}}}": "0 1x10 0x20"},
+        Fires(
+            "it cannot be written",
+            {OUTAGE: line(flat(0, 10), flat(1, 20))},
             labels=HELD,
-            summary="The audit log of vault-csi-provider-x is not written",
+            summary="The audit log on node-1 is not written",
+            minute=12,
+            quiet_at=10,
         ),
-        Case(
-            fires={f"vault_csi_audit_lines_lost_total{{{DAEMON}}}": "0x15 40x20"},
-            quiet={f"vault_csi_audit_lines_lost_total{{{DAEMON}}}": "0 40x40"},
+        Fires(
+            "lines were lost",
+            {LOST: line(flat(0, 15), flat(40, 20))},
             labels=HELD,
-            summary="The audit log of vault-csi-provider-x is not written",
+            summary="The audit log on node-1 is not written",
+            minute=20,
+            quiet_at=14,
         ),
+        Quiet("it could not for a moment", {OUTAGE: line(flat(0, 10), "1", flat(0, 20))}),
+        Quiet("lines were lost long ago", {LOST: flat(40, 40)}),
     ],
     "VaultCSIDaemonAbsent": [
-        Case(
-            fires={DESIRED: "5x30", READY: "5x5 3x30"},
-            quiet={DESIRED: "5x30", READY: "5x12 4x5 5x30"},
-            labels={"daemonset": "vault-csi-provider", "namespace": "n"},
-            summary="2 nodes are without a provider that is ready",
-        )
+        Fires(
+            "its pod is there and not ready",
+            {INFO: flat(1, 40), READY: line(flat(1, 5), flat(0, 35)), NODE: flat(1, 40)},
+            labels={"namespace": "vault-csi-provider", "node": "node-1"},
+            summary="Node node-1 is without a provider that is ready",
+            minute=16,
+            quiet_at=14,
+        ),
+        Fires(
+            "its pod has never been ready, and another node's is",
+            {
+                INFO: flat(1, 40),
+                NODE: flat(1, 40),
+                of_node(INFO, 2): flat(1, 40),
+                of_node(READY, 2): flat(1, 40),
+                of_node(NODE, 2): flat(1, 40),
+            },
+            labels={"namespace": "vault-csi-provider", "node": "node-1"},
+            summary="Node node-1 is without a provider that is ready",
+            minute=12,
+            quiet_at=5,
+        ),
+        Fires(
+            "one pod after the other is tried there",
+            {
+                series.replace("provider-x", f"provider-{number}"): line(none(3 * number), flat(value, 3), ended(40))
+                for number in range(10)
+                for series, value in ((INFO, 1), (READY, 0))
+            }
+            | {NODE: flat(1, 40)},
+            labels={"namespace": "vault-csi-provider", "node": "node-1"},
+            summary="Node node-1 is without a provider that is ready",
+            minute=20,
+        ),
+        Quiet(
+            "a surge: beside the pod that is ready there is one that is not",
+            {
+                INFO: flat(1, 40),
+                READY: flat(1, 40),
+                NODE: flat(1, 40),
+                INFO.replace("provider-x", "provider-y"): flat(1, 40),
+                READY.replace("provider-x", "provider-y"): flat(0, 40),
+            },
+        ),
+        Quiet(
+            "nodes that come, and have a provider after some minutes",
+            {
+                of_node(series, number): line(none(number), flat(value, 5), flat(1, 40))
+                for number in range(1, 31)
+                for series, value in ((INFO, 1), (READY, 0), (NODE, 1))
+            },
+        ),
+        Quiet(
+            "another DaemonSet of that name, of another namespace, and another of this one",
+            {
+                series.replace(old, new): values
+                for old, new in (
+                    ('namespace="vault-csi-provider"', 'namespace="vault"'),
+                    ('by_name="vault-csi-provider"', 'by_name="vault-csi-provider-agent"'),
+                )
+                for series, values in ((INFO, flat(1, 40)), (READY, flat(0, 40)), (NODE, flat(1, 40)))
+            },
+        ),
+    ],
+    "VaultCSIDaemonNotPlaced": [
+        Fires(
+            "its node has no room",
+            {UNPLACED: flat(1, 40), DESIRED: flat(3, 40), CURRENT: flat(3, 40)},
+            labels={"namespace": "vault-csi-provider", "pod": "vault-csi-provider-x"},
+            summary="Provider vault-csi-provider-x gets no place on its node",
+            minute=12,
+            quiet_at=8,
+        ),
+        Fires(
+            "a quota or a policy lets none be made",
+            {DESIRED: flat(3, 40), CURRENT: line(flat(3, 10), flat(1, 30)), INFO: flat(1, 40)},
+            labels=DAEMONSET,
+            summary="No pod can be made for 2 nodes by DaemonSet vault-csi-provider",
+            minute=22,
+            quiet_at=18,
+        ),
+        Quiet(
+            "nodes that come wait for a moment",
+            {
+                UNPLACED.replace("provider-x", f"provider-{number}"): line(none(number), flat(1, 2), ended(30))
+                for number in range(1, 31)
+            },
+        ),
+    ],
+    "VaultCSIMetricsAbsent": [
+        Fires(
+            "all are gone",
+            {BUILD: line(flat(1, 10), ended(40))},
+            summary="No provider tells its metrics",
+            minute=22,
+            quiet_at=18,
+        ),
+        Quiet("one is left", {BUILD: line(flat(1, 10), ended(40)), of_node(BUILD, 2): flat(1, 50)}),
+    ],
+    "VaultCSINotScraped": [
+        Fires(
+            "one that is ready",
+            {
+                INFO: flat(1, 40),
+                READY: flat(1, 40),
+                BUILD: line(flat(1, 10), ended(40)),
+                of_node(BUILD, 2): flat(1, 40),
+            },
+            labels=POD_LABELS,
+            summary="Prometheus gets no metrics of the provider on node-1",
+            minute=22,
+            quiet_at=18,
+        ),
+        Quiet("it is not ready", {INFO: flat(1, 40), READY: flat(0, 40), of_node(BUILD, 2): flat(1, 40)}),
+        Quiet("none is scraped, which another alert tells", {INFO: flat(1, 40), READY: flat(1, 40)}),
     ],
     "VaultCSIDaemonRestarts": [
-        Case(
-            fires={RESTARTS: "0x50 0+1x30"},
-            quiet={RESTARTS: "0x50 1x5 2x30", RESTARTS.replace("provider-x", "x"): "0+1x90"},
-            labels={"pod": "vault-csi-provider-x", "container": "provider", "namespace": "n"},
-            summary="Provider vault-csi-provider-x has restarted 10 times in an hour",
-            minute=61,
-        )
+        Fires(
+            "every minute",
+            {RESTARTS: line(flat(0, 50), grow(0, 1, 30)), INFO: flat(1, 80)},
+            labels=POD_LABELS,
+            summary="The provider on node-1 has restarted 10 times in an hour",
+            minute=60,
+            quiet_at=50,
+        ),
+        Quiet("twice", {RESTARTS: line(flat(0, 50), flat(1, 5), flat(2, 30)), INFO: flat(1, 90)}),
+        Quiet(
+            "another container, and another's pod",
+            {
+                RESTARTS.replace('container="provider"', 'container="sidecar"'): grow(0, 1, 90),
+                RESTARTS.replace("provider-x", "provider-y"): grow(0, 1, 90),
+                INFO.replace("provider-x", "provider-y").replace(MADE["created_by_name"] + '"}', 'x"}'): flat(1, 90),
+                INFO: flat(1, 90),
+            },
+        ),
     ],
 }
 
@@ -201,28 +621,56 @@ CASES: dict[str, list[Case]] = {
 def test_every_alert_has_its_cases() -> None:
     """Each alert is shown firing and not firing."""
     assert CASES.keys() == ALERTS.keys()
+    for cases in CASES.values():
+        assert {type(case) for case in cases} == {Fires, Quiet}
 
 
-@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
-def test_alert_fires_when_it_should_and_else_not(name: str, case: Case, tmp_path: Path) -> None:
-    """promtool: under the one series the alert fires, with these labels and summary; under the other it does not."""
-    rule = ALERTS[name]
-    fired = {
-        "exp_labels": {**case.labels, "severity": rule["labels"]["severity"]},
-        "exp_annotations": {**rule["annotations"], "summary": case.summary},
-    }
-    tests = [
-        {
-            "interval": "1m",
-            "input_series": [{"series": series, "values": values} for series, values in given.items()],
-            "alert_rule_test": [{"eval_time": f"{case.minute}m", "alertname": name, "exp_alerts": expected}],
-        }
-        for given, expected in ((case.fires, [fired]), (case.quiet, []))
-    ]
-    file = tmp_path / "test.yaml"
-    file.write_text(yaml.safe_dump({"rule_files": [str(MONITORING / "rules.yaml")], "tests": tests}))
+def promised(names: Iterable[str], tests: list[dict[str, Any]], directory: Path) -> None:
+    """promtool finds what the tests say of these alerts, whose rules are evaluated each half minute."""
+    rules = directory / "rules.yaml"
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "given", "rules": [ALERTS[name] for name in names]}]}))
+    file = directory / "test.yaml"
+    given = {"rule_files": [str(rules)], "evaluation_interval": "30s", "tests": tests}
+    file.write_text(yaml.safe_dump(given))
     done = subprocess.run([promtool(), "test", "rules", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def promtool_test(
+    series: Mapping[str, str], expected: Iterable[tuple[int, str, list[dict[str, Any]]]]
+) -> dict[str, Any]:
+    """Series, a value each half minute, and which alerts fire at a minute."""
+    return {
+        "interval": "30s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "alert_rule_test": [
+            {"eval_time": f"{minute}m", "alertname": name, "exp_alerts": alerts} for minute, name, alerts in expected
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_alert_fires_when_it_should_and_else_not(name: str, tmp_path: Path) -> None:
+    """promtool: under some series the alert fires, with these labels and summary; under others at no time."""
+    rule = ALERTS[name]
+    tests = []
+    for case in CASES[name]:
+        if isinstance(case, Quiet):
+            tests.append(promtool_test(case.series, ((minute, name, []) for minute in range(HOUR))))
+            continue
+        fired = {
+            "exp_labels": {**case.labels, "severity": rule["labels"]["severity"]},
+            "exp_annotations": {**rule["annotations"], "summary": case.summary},
+        }
+        tests.append(promtool_test(case.series, ((case.quiet_at, name, []), (case.minute, name, [fired]))))
+    promised([name], tests, tmp_path)
+
+
+@pytest.mark.parametrize("case", UNEVENTFUL, ids=lambda case: case.why)
+def test_what_is_no_trouble_fires_no_alert(case: Quiet, tmp_path: Path) -> None:
+    """A failover, a start, an update, a drained node, a deleted pod: no alert fires at any time."""
+    expected = [(minute, name, []) for name in ALERTS for minute in range(HOUR)]
+    promised(ALERTS, [promtool_test(case.series, expected)], tmp_path)
 
 
 def test_rules_for_the_operator_are_the_rules() -> None:
