@@ -23,6 +23,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from provider.errors import AccessDenied
 from provider.telemetry import LEVELS, Log, http
@@ -225,9 +227,53 @@ def test_text_for_people_is_one_line_with_the_same_facts() -> None:
         LOGGER.error("no frames", exc_info=KeyError(CANARY))
     first, second = told.text.splitlines()
     assert re.match(
-        r"\S+Z WARNING  provider\.room: failed pod=shop/web-0 \[provider\.errors\.AccessDenied: denied at ", first
+        r'\S+Z WARNING  provider\.room: failed pod=shop/web-0 \[provider\.errors\.AccessDenied: "denied" at ', first
     )
     assert second.endswith("[builtins.KeyError]")
+
+
+def parted(line: str) -> tuple[str, dict[str, str], list[str]]:
+    """Message, fields and exceptions' texts of an event as text, read as it is said to be written."""
+    read = json.JSONDecoder().raw_decode
+
+    def value(rest: str, ends: str) -> tuple[str, str]:
+        if rest.startswith('"'):
+            text, end = read(rest)
+            return text, rest[end:]
+        plain = re.split(ends, rest, maxsplit=1)[0]
+        return plain, rest[len(plain) :]
+
+    head = re.match(r"\S+Z [A-Z]+ +[\w.]+: ", line)
+    assert head is not None
+    message, rest = value(line[head.end() :], r" [a-z_]+=| \[")
+    fields, errors = {}, []
+    while rest:
+        if found := re.match(r" ([a-z_]+)=", rest):
+            fields[found[1]], rest = value(rest[found.end() :], " ")
+        else:
+            kind = re.match(r" \[[\w.]+: ", rest)
+            assert kind is not None, rest
+            text, end = read(rest, kind.end())
+            errors.append(text)
+            rest = rest[rest.index("]", end) + 1 :]
+    return message, fields, errors
+
+
+# Letters that a field's or an exception's own signs are made of.
+LOOKS = st.text('ab="[]:\\ ') | st.sampled_from(
+    [" pod=kube-system/victim code=OK", 'x" pod=a', '" [a.B: "c"]', '"', ""]
+)
+
+
+@settings(max_examples=50)
+@given(LOOKS, LOOKS, LOOKS)
+@example('object "a" pod=kube-system/victim code=OK: no', "shop/web-0", "denied")
+@example("a [provider.errors.AccessDenied: denied]", "x] pod=y", "no] pod=kube-system/victim [a.B: c")
+def test_no_name_passes_for_a_field_of_the_text(message: str, pod: str, why: str) -> None:
+    """In the text form too it is plain where a message ends and a field or an exception begins, whatever is in them."""
+    with log(style="text") as told:
+        LOGGER.warning("%s", message, extra={"pod": pod}, exc_info=AccessDenied(why))
+    assert parted(told.text.rstrip("\n")) == (message, {"pod": pod}, [why])
 
 
 def test_wrong_format_string_is_still_an_event() -> None:

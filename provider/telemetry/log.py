@@ -49,6 +49,10 @@ _NOT_ASKED: Final[Mapping[str, object]] = MappingProxyType(
     {"_srcfile": None, "logThreads": False, "logProcesses": False, "logMultiprocessing": False}
 )
 
+# What may begin a field or an exception, in the text form, behind a message and behind a field's value.
+_AFTER_MESSAGE: Final = '="['
+_AFTER_FIELD: Final = ' ="'
+
 _encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -259,19 +263,20 @@ class _Json(logging.Formatter):
         return _encode(event)
 
 
-def _told(value: object) -> str:
-    """A field's value as text: in quotes where it could pass for more fields than one."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(character in text for character in ' ="') else text
+def _told(text: str, delimiters: str) -> str:
+    """``text`` in quotes where it has one of ``delimiters``, and could pass for what follows it."""
+    return _encode(text) if any(character in text for character in delimiters) else text
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        head = f"{_time(record)} {_severity(record.levelno):8} {record.name}: {_message(record)}"
-        parts = [head, *(f"{name}={_told(value)}" for name, value in _fields(record).items())]
+        # Names that tenants choose are in messages too: without quotes one could read like fields, or an exception.
+        message = _told(_message(record), _AFTER_MESSAGE)
+        head = f"{_time(record)} {_severity(record.levelno):8} {record.name}: {message}"
+        parts = [head, *(f"{name}={_told(str(value), _AFTER_FIELD)}" for name, value in _fields(record).items())]
         if record.exc_info and record.exc_info[1] is not None:
             for told in _chain(record.exc_info[1]):
-                text = f": {told['message']}" if "message" in told else ""
+                text = f": {_encode(told['message'])}" if "message" in told else ""
                 where = f" at {told['frames'][-1]}" if told["frames"] else ""
                 parts.append(f"[{told['type']}{text}{where}]")
         return " ".join(parts)
