@@ -143,6 +143,33 @@ def credential_of(files: Any) -> tuple[str, str]:
     return files["db-username"].contents.decode(), files["db-password"].contents.decode()
 
 
+def test_what_is_issued_on_every_mount_is_told_each_time(cluster: Cluster, tmp_path: Path) -> None:
+    """Under `lease: fresh` each mount has an issue of its own for a lease and for a certificate, joined by request."""
+    cluster.role("fresh")
+    fresh = [entry.replace("{", "{lease: fresh, ", 1) for entry in (DATABASE[0], CERTIFICATE[0])]
+    # A certificate that is stored is no more than a secret, whatever its keys are called.
+    cluster.bao.write_kv("shop/data/stored", {"certificate": "c", "serial_number": "1", "expiration": 4_000_000_000})
+    stored = "{objectName: stored, lease: fresh, secretPath: shop/data/stored}"
+    with Audited(cluster, tmp_path / "audit.log") as audited:
+        volume = cluster.mount(audited.driver, cluster.pod("fresh"), class_of("fresh", *fresh, stored))
+        audited.driver.remount(volume)
+        audited.await_lines("remount")
+        mounts = [*audited.lines("mount"), *audited.lines("remount")]
+    kinds = {"db-username": "leased", "tls.crt": "issued", "stored": "static"}
+    assert [{made["object"]: made["kind"] for made in mount["objects"]} for mount in mounts] == [kinds] * 2
+    supplied = {
+        (name, made["object"], made["kind"])
+        for mount in mounts
+        for made in mount["objects"]
+        for name in made["request_ids"]
+        if made["kind"] != "static"
+    }
+    issues = audited.lines("issue")
+    told = {(line["request_id"], wanted["object"], line["kind"]) for line in issues for wanted in line["objects"]}
+    assert (told, len(issues)) == (supplied, 4)
+    assert all(0 < line["ttl_seconds"] <= 3600 for line in issues)
+
+
 def test_pods_that_shared_a_read_have_its_request(cluster: Cluster, tmp_path: Path) -> None:
     """Two pods that got the answer of one request both name it, and OpenBao's own log has it once."""
     cluster.role("shared")

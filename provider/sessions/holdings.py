@@ -36,6 +36,8 @@ class Holdings:
         """Whether a volume, as far as is known, mounts under this identity."""
         self._volumes: dict[str, Volume] = {}
         self._static: set[SecretRequest] = set()
+        # Requests whose last answer on a mount of its own was a certificate.
+        self._fresh_certificates: set[SecretRequest] = set()
         self._clock = clock
         self._percent = renew_percent
         # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
@@ -100,10 +102,26 @@ class Holdings:
         kept = self.kept.get(read.request)
         return kept is None or kept.secret is not answer or not kept.lives(self._clock.now())
 
-    def is_issued(self, read: Read) -> bool:
-        """Whether what is kept for ``read`` is a certificate."""
+    def issued(self, reads: Sequence[Read]) -> Set[Read]:
+        """Those of ``reads`` for which there is a certificate, be it kept or issued on every mount."""
+        if not self.kept and not self._fresh_certificates:
+            return frozenset()
+        return {read for read in reads if self._is_issued(read)}
+
+    def _is_issued(self, read: Read) -> bool:
+        if read.fresh:
+            return read.request in self._fresh_certificates
         kept = self.kept.get(read.request)
-        return kept is not None and not kept.secret.leased and not read.fresh
+        return kept is not None and not kept.secret.leased
+
+    def note_fresh(self, request: SecretRequest, *, certificate: bool) -> None:
+        """Whether ``request``, which is sent on every mount, gave a certificate now."""
+        if not certificate:
+            self._fresh_certificates.discard(request)
+            return
+        if len(self._fresh_certificates) >= MAX_STATIC:
+            self._fresh_certificates.clear()
+        self._fresh_certificates.add(request)
 
     def is_static(self, request: SecretRequest) -> bool:
         """Whether ``request`` is known to give nothing to keep."""

@@ -41,7 +41,7 @@ from provider.telemetry.events import (
     Telemetry,
     Who,
 )
-from provider.vault import EngineMount, LeaseGone, RenewalRefused, Renewed, Vault, VaultSecret
+from provider.vault import EngineMount, LeaseGone, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -51,8 +51,12 @@ _T = TypeVar("_T")
 POLICY_LOGIN_SECONDS: Final = 300.0
 # What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
 ANSWER_SECONDS: Final = 300.0
+# How often a mount asks again for what had no room. Once is enough, but where it joins what another mount asks for.
+MAX_ROOM_TRIES: Final = 3
 # One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
 RENEWAL_SECONDS: Final = 30.0
+# The methods that kv gives a user's keys to.
+_READING: Final = frozenset({"GET", "LIST"})
 # A token without an end, at a Vault that never answers, is not worth a task for ever.
 REVOCATION_SECONDS: Final = 86400.0
 
@@ -80,6 +84,7 @@ class _Mount:
     log_in: LogIn
     deadline: float
     objects: Sequence[ObjectSpec]
+    room: Room
 
     def objects_of(self, read: Read) -> list[ObjectSpec]:
         """The objects that are made of the answer to ``read``."""
@@ -109,12 +114,18 @@ class Session:
     # -- mounts ----------------------------------------------------------------------------------------------------
 
     async def fetch(
-        self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float, objects: Sequence[ObjectSpec]
+        self,
+        volume: str,
+        reads: Sequence[Read],
+        log_in: LogIn,
+        deadline: float,
+        objects: Sequence[ObjectSpec],
+        room: Room,
     ) -> Fetched:
         """The answer to each of ``reads``, or the error that it failed with.
 
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time. ``objects`` are what
-        the reads are for.
+        the reads are for, and in ``room`` the answers are kept.
         Where the login fails, all of them have the one error object in common.
         """
         self.mounted_at = self._clock.now()
@@ -123,15 +134,16 @@ class Session:
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         began = self._has.newest.serial if self._has.newest else -1
-        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects)
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects, room)
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
         if len(at_hand) < len(reads):
+            answers = await self._with_room(answers, mount, at_hand)
             void = [read for read in reads if self._has.is_void(read, answers[read])]
             if void:
                 answers |= await self._all(void, mount, at_hand)
-        issued = {read for read in reads if self._has.is_issued(read)} if self._has.kept else frozenset[Read]()
+        issued = self._has.issued(reads)
         made = self._has.made_of(volume, answers) if len(at_hand) == len(answers) else None
         accessor = self._has.newest.auth.accessor if self._has.newest else ""
         return Fetched(answers, at_hand, issued, accessor, made)
@@ -165,10 +177,12 @@ class Session:
         if len(found) == len(reads):
             return answers
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
+        others = set(self._under_way.values()) if self._under_way else ()
         for read in reads:
             if read not in found:
                 at_hand.pop(read, None)
-                asked[read] = self._ask(read, mount)
+                task = self._ask(read, mount)
+                asked[read] = asyncio.create_task(self._joined(task, mount)) if task in others else task
         if self._token_at_hand(mount) is None:
             self._vault.expect(len(asked))
         # It leaves the tasks alone when the caller goes away.
@@ -180,6 +194,24 @@ class Session:
             answers[read] = task.result() if error is None else error
         return answers
 
+    async def _with_room(self, answers: Answers, mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
+        """Ask once more for what had no room in memory: now, while no read of the mount is under way, it may wait."""
+        for _ in range(MAX_ROOM_TRIES):
+            crowded = [
+                read
+                for read, answer in answers.items()
+                # What another mount had no room for, and this one joined, says nothing about the room that is here.
+                if isinstance(answer, NoRoom) and (answer.passing or answer.room is not mount.room)
+            ]
+            if not crowded:
+                break
+            try:
+                await mount.room.widen(mount.deadline)
+            except NoRoom as error:
+                return answers | dict.fromkeys(crowded, error)
+            answers |= await self._all(crowded, mount, at_hand)
+        return answers
+
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
@@ -187,6 +219,12 @@ class Session:
         newest = self._has.newest
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
+
+    async def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> VaultSecret:
+        """What another mount's task brings; it is kept here too."""
+        secret = await asyncio.shield(task)
+        mount.room.take(secret.size, leased=secret.leased)
+        return secret
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
@@ -213,20 +251,25 @@ class Session:
 
     async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
+        request = read.request
         token = self._token_at_hand(mount) or await self._new_token(mount)
         began = self._clock.now()
-        secret, token = await self._read(read.request, token, mount)
+        secret, token = await self._read(request, token, mount)
+        seconds = self._clock.now() - began
         token.bears_leases |= secret.leased
-        if secret.leased:
-            seconds = self._clock.now() - began
-            self._record_issue(read, secret, token, mount, secret.lease_duration, again=False, seconds=seconds)
+        ttl = secret.lease_duration if secret.leased else await self._certificate_ttl(request, secret, token, mount)
+        self._has.note_fresh(request, certificate=ttl is not None and not secret.leased)
+        if ttl is not None:
+            self._record_issue(read, secret, token, mount, ttl, again=False, seconds=seconds)
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
         shared = self._around.shared
         token.spend()
         try:
-            return await shared.read(self._vault, request, token.auth, mount.deadline), token
+            secret = await shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
+            mount.room.take(secret.size, leased=secret.leased)
+            return secret, token
         except AccessDenied:
             if token.serial > mount.began:
                 raise
@@ -234,7 +277,8 @@ class Session:
             if fresh is None:
                 raise
         fresh.spend()
-        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline)
+        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline, mount.room)
+        mount.room.take(secret.size, leased=secret.leased)
         if not token.dead and "default" not in token.auth.policies:
             # Without the default policy a token may not look itself up, so that alone proved nothing; this does.
             self._bury(token)
@@ -264,18 +308,18 @@ class Session:
         self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount, began: float | None
     ) -> None:
         """Keep what is leased or issued. ``began`` is when Vault was asked, None where nobody expected such a thing."""
-        request, end = read.request, secret.certificate_end
+        request = read.request
         seconds = self._clock.now() - began if began is not None else None
         if secret.leased:
             # A renewal is a use of the token, and its last use revokes what it was given: better replaced than renewed.
             ttl, renewable = secret.lease_duration, secret.renewable and token.uses_left is None
             token.bears_leases = True
-        elif end is not None and await self._issued(request, token, mount):
-            told = end - self._clock.wall()
-            ttl, renewable = await asyncio.to_thread(certificate_life, secret.response["data"], told), False
         else:
-            self._has.note_static(request)
-            return
+            certificate_ttl = await self._certificate_ttl(request, secret, token, mount)
+            if certificate_ttl is None:
+                self._has.note_static(request)
+                return
+            ttl, renewable = certificate_ttl, False
         life = self._has.begin(ttl, renewable=renewable)
         old = self._has.kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
@@ -313,10 +357,22 @@ class Session:
             )
         )
 
-    async def _issued(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> bool:
-        """Whether a certificate was issued, not stored: a user of ``kv`` may call keys as they like."""
-        engine = await self._around.shared.engine(self._vault, request.path, token.auth.token, mount.deadline)
-        return engine is None or engine.kind != "kv"
+    async def _certificate_ttl(
+        self, request: SecretRequest, secret: VaultSecret, token: HeldToken, mount: _Mount
+    ) -> float | None:
+        """Seconds that a certificate lives which was issued; None for what is none, or was stored.
+
+        A user of ``kv`` may call keys as they like, and gets them by reading alone.
+        """
+        end = secret.certificate_end
+        if end is None:
+            return None
+        if request.method in _READING:
+            engine = await self._around.shared.engine(self._vault, request.path, token.auth.token, mount.deadline)
+            if engine is not None and engine.kind == "kv":
+                return None
+        told = end - self._clock.wall()
+        return await asyncio.to_thread(certificate_life, secret.response["data"], told)
 
     def _warn_if_short(self, kept: Kept, interval: float) -> None:
         left = kept.final_end - self._clock.now()
