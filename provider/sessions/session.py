@@ -41,7 +41,7 @@ from provider.telemetry.events import (
     Telemetry,
     Who,
 )
-from provider.vault import EngineMount, LeaseGone, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
+from provider.vault import EngineMount, LeaseGone, RenewalRefused, Renewed, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -51,8 +51,6 @@ _T = TypeVar("_T")
 POLICY_LOGIN_SECONDS: Final = 300.0
 # What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
 ANSWER_SECONDS: Final = 300.0
-# How often a mount asks again for what had no room. Once is enough, but where it joins what another mount asks for.
-MAX_ROOM_TRIES: Final = 3
 # One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
 RENEWAL_SECONDS: Final = 30.0
 # The methods that kv gives a user's keys to.
@@ -84,7 +82,6 @@ class _Mount:
     log_in: LogIn
     deadline: float
     objects: Sequence[ObjectSpec]
-    room: Room
 
     def objects_of(self, read: Read) -> list[ObjectSpec]:
         """The objects that are made of the answer to ``read``."""
@@ -114,18 +111,12 @@ class Session:
     # -- mounts ----------------------------------------------------------------------------------------------------
 
     async def fetch(
-        self,
-        volume: str,
-        reads: Sequence[Read],
-        log_in: LogIn,
-        deadline: float,
-        objects: Sequence[ObjectSpec],
-        room: Room,
+        self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float, objects: Sequence[ObjectSpec]
     ) -> Fetched:
         """The answer to each of ``reads``, or the error that it failed with.
 
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time. ``objects`` are what
-        the reads are for, and in ``room`` the answers are kept.
+        the reads are for.
         Where the login fails, all of them have the one error object in common.
         """
         self.mounted_at = self._clock.now()
@@ -134,12 +125,11 @@ class Session:
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         began = self._has.newest.serial if self._has.newest else -1
-        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects, room)
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects)
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
         if len(at_hand) < len(reads):
-            answers = await self._with_room(answers, mount, at_hand)
             void = [read for read in reads if self._has.is_void(read, answers[read])]
             if void:
                 answers |= await self._all(void, mount, at_hand)
@@ -177,12 +167,10 @@ class Session:
         if len(found) == len(reads):
             return answers
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
-        others = set(self._under_way.values()) if self._under_way else ()
         for read in reads:
             if read not in found:
                 at_hand.pop(read, None)
-                task = self._ask(read, mount)
-                asked[read] = asyncio.create_task(self._joined(task, mount)) if task in others else task
+                asked[read] = self._ask(read, mount)
         if self._token_at_hand(mount) is None:
             self._vault.expect(len(asked))
         # It leaves the tasks alone when the caller goes away.
@@ -194,24 +182,6 @@ class Session:
             answers[read] = task.result() if error is None else error
         return answers
 
-    async def _with_room(self, answers: Answers, mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
-        """Ask once more for what had no room in memory: now, while no read of the mount is under way, it may wait."""
-        for _ in range(MAX_ROOM_TRIES):
-            crowded = [
-                read
-                for read, answer in answers.items()
-                # What another mount had no room for, and this one joined, says nothing about the room that is here.
-                if isinstance(answer, NoRoom) and (answer.passing or answer.room is not mount.room)
-            ]
-            if not crowded:
-                break
-            try:
-                await mount.room.widen(mount.deadline)
-            except NoRoom as error:
-                return answers | dict.fromkeys(crowded, error)
-            answers |= await self._all(crowded, mount, at_hand)
-        return answers
-
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
@@ -219,12 +189,6 @@ class Session:
         newest = self._has.newest
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
-
-    async def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> VaultSecret:
-        """What another mount's task brings; it is kept here too."""
-        secret = await asyncio.shield(task)
-        mount.room.take(secret.size, leased=secret.leased)
-        return secret
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
@@ -267,9 +231,7 @@ class Session:
         shared = self._around.shared
         token.spend()
         try:
-            secret = await shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
-            mount.room.take(secret.size, leased=secret.leased)
-            return secret, token
+            return await shared.read(self._vault, request, token.auth, mount.deadline), token
         except AccessDenied:
             if token.serial > mount.began:
                 raise
@@ -277,8 +239,7 @@ class Session:
             if fresh is None:
                 raise
         fresh.spend()
-        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline, mount.room)
-        mount.room.take(secret.size, leased=secret.leased)
+        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline)
         if not token.dead and "default" not in token.auth.policies:
             # Without the default policy a token may not look itself up, so that alone proved nothing; this does.
             self._bury(token)
