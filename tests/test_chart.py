@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import ValidationError
 
 import provider
-from provider.cli.flags import FLAGS
+from provider.cli.flags import FLAGS, parse
+from provider.errors import InvalidSetting
+from tests.operator_schema import DURATION, OPERATOR_KINDS, assert_operator_valid
 from tests.test_cli import daemon
 from tests.test_manifests import (
     DAEMONSET,
@@ -45,8 +48,6 @@ NAME = "vault-csi-provider"
 ADDRESS = "https://vault.vault.svc:8200"
 DEFAULTS: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
-# Of the Prometheus operator, which Kubernetes' schemas do not know.
-OPERATOR_KINDS = ("PodMonitor", "ServiceMonitor", "PrometheusRule")
 
 PEER = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "vault"}}}]
 # Each value once at least, in another place than its default, and those together that meet in a template.
@@ -75,6 +76,14 @@ MATRIX: dict[str, dict[str, Any]] = {
     "host network, OnDelete": {"hostNetwork": True, "daemonSet": {"updateStrategy": {"type": "OnDelete"}}},
     "without surge": {"daemonSet": {"updateStrategy": {"maxUnavailable": "10%"}}},
     "surge of a part": {"daemonSet": {"updateStrategy": {"maxSurge": "25%", "maxUnavailable": 0}}},
+    "security contexts in strings": {
+        "daemonSet": {
+            "securityContext": {
+                "pod": "runAsNonRoot: false\n",
+                "container": "runAsUser: 0\ncapabilities:\n  drop: [ALL]\n",
+            }
+        }
+    },
     "daemonSet": {
         "daemonSet": {
             "annotations": {"team": "platform"},
@@ -114,6 +123,13 @@ MATRIX: dict[str, dict[str, Any]] = {
     },
     "priority": {"priorityClassName": "high", "priorityClassQuota": True},
     "no quota": {"priorityClassQuota": False, "terminationGracePeriodSeconds": 130},
+    "large numbers": {
+        "terminationGracePeriodSeconds": 1_000_000,
+        "daemonSet": {"updateStrategy": {"maxSurge": 100_000}},
+        "maxPodMounts": 10_000_000,
+        "startupProbe": {"failureThreshold": 10_000_000},
+    },
+    "socket of OpenBao's chart": {"daemonSet": {"endpoint": "/provider/openbao.sock"}},
     "account": {"serviceAccount": {"name": "secrets", "annotations": {"a": "b"}, "extraLabels": {"team": "platform"}}},
     "an account that is there": {"serviceAccount": {"create": False, "name": "there"}, "rbac": {"create": False}},
     "probes": {
@@ -154,7 +170,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     },
     "monitors": {
         "monitors": {
-            "podMonitor": {"enabled": True},
+            "podMonitor": {"enabled": True, "interval": "", "scrapeTimeout": None},
             "prometheusRule": {
                 "enabled": True,
                 "labels": {"release": "prometheus"},
@@ -185,6 +201,16 @@ MATRIX: dict[str, dict[str, Any]] = {
 }
 
 
+class Strict(yaml.SafeLoader):
+    """Of two keys of one name YAML's readers take either, or neither: here they are a fault."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A map whose keys are each there once."""
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"twice in one map: {keys}"
+        return super().construct_mapping(node, deep)
+
+
 def run(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
     """Run helm with nothing of this machine's configuration."""
     places = {f"HELM_{place}_HOME": str(home / place.lower()) for place in ("CACHE", "CONFIG", "DATA")}
@@ -193,9 +219,10 @@ def run(*arguments: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def given(home: Path, values: Mapping[str, Any]) -> Path:
-    """A file of values, with an address."""
+    """A file of values, with an address. In JSON, since PyYAML leaves strings without quotes that Helm takes for
+    numbers."""
     path = home / "values.yaml"
-    path.write_text(yaml.safe_dump({"vaultAddress": ADDRESS, **values}))
+    path.write_text(json.dumps({"vaultAddress": ADDRESS, **values}))
     return path
 
 
@@ -210,7 +237,7 @@ def template(
     assert done.returncode == 0, done.stderr
     # It says so of each string that stands in for a map, and takes the string.
     assert [line for line in done.stderr.splitlines() if "cannot overwrite table with non table" not in line] == []
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest is not None]
+    return [manifest for manifest in yaml.load_all(done.stdout, Strict) if manifest is not None]
 
 
 def refusal(home: Path, values: Mapping[str, Any]) -> str:
@@ -295,6 +322,7 @@ def test_every_choice_of_values_is_valid(rendered: Callable[[str], list[Manifest
     """Whatever the values, the objects fit a Kubernetes version's schemas, none unknown, and refer to what is there."""
     manifests = rendered(case)
     assert_valid(kubernetes_own(manifests), version)
+    assert_operator_valid(manifests)
     named = [*with_namespace(manifests)]
     if case == "an account that is there":
         named.append({"kind": "ServiceAccount", "metadata": {"name": "there", "namespace": NAME}})
@@ -313,6 +341,7 @@ def test_every_choice_of_values_runs(rendered: Callable[[str], list[Manifest]], 
     mounted, volumes = ([v["name"] for v in at_list] for at_list in (spec["volumeMounts"], pod["volumes"]))
     assert sorted(mounted) == sorted(volumes)
     assert len({mount["mountPath"] for mount in spec["volumeMounts"]}) == len(mounted)
+    assert len({variable["name"] for variable in spec["env"]}) == len(spec["env"])
     ports = {port["name"]: port["containerPort"] for port in spec["ports"]}
     assert ports["health"] == int(understood.health_addr.rpartition(":")[2])
     for probe in ("startup", "readiness", "liveness"):
@@ -371,7 +400,8 @@ def test_schema_knows_each_value_and_no_other() -> None:
     # A probe is one value: its fields are Kubernetes' own.
     taken = {path[:1] if path[0].endswith("Probe") else path for path in leaves(DEFAULTS)}
     assert {path for path in taken if path not in known} == set()
-    assert known - taken == {("global",), ("enabled",), ("agent",)}
+    others = {("global", "imagePullSecrets"), ("global", "externalVaultAddr"), ("enabled",), ("agent",)}
+    assert known - taken == others
 
 
 def test_matrix_has_every_value() -> None:
@@ -422,6 +452,19 @@ def test_every_value_says_what_it_is_for() -> None:
         ({"hostNetwork": True, "daemonSet": {"updateStrategy": {"maxSurge": 1}}}, "has to be 0"),
         ({"daemonSet": {"updateStrategy": {"maxSurge": 1, "maxUnavailable": 1}}}, "one has to be 0"),
         ({"daemonSet": {"updateStrategy": {"maxSurge": 0, "maxUnavailable": 0}}}, "one has to be 0"),
+        ({"daemonSet": {"updateStrategy": {"maxSurge": "00"}}}, "/daemonSet/updateStrategy/maxSurge"),
+        ({"daemonSet": {"updateStrategy": {"maxUnavailable": "101%"}}}, "/daemonSet/updateStrategy/maxUnavailable"),
+        ({"daemonSet": {"endpoint": "/run/vault.sock"}}, "/daemonSet/endpoint"),
+        ({"daemonSet": {"endpoint": "/provider/a.sock"}, "providerName": "b"}, "daemonSet.endpoint"),
+        ({"global": {"externalVaultAddr": "vault:8200"}}, "/global/externalVaultAddr"),
+        ({"extraEnvironmentVars": {"VAULT_ADDR": ADDRESS}}, "VAULT_ADDR is set by the chart"),
+        (
+            {"extraEnvironmentVars": {"VAULT_CACERT": "/a"}, "vaultCA": {"secret": "b"}},
+            "VAULT_CACERT is set by the chart",
+        ),
+        ({"volumes": [{"name": "state", "emptyDir": {}}]}, "volumes: state"),
+        ({"fullnameOverride": "My Name"}, "/fullnameOverride"),
+        ({"fullnameOverride": "1st", "monitors": {"serviceMonitor": {"enabled": True}}}, "begins with a letter"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
@@ -623,11 +666,14 @@ def test_alerts_are_those_of_the_monitoring(tmp_path: Path) -> None:
     there = "https://wiki.example.com/runbook#"
     assert rule["spec"] == yaml.safe_load(rules.replace("docs/runbook.md#", there))
     assert "docs/runbook.md#" in rules
-    # Alerts that go by the name of the DaemonSet and its pods go by this release's.
+    # Alerts that go by the namespace, and by the name of the DaemonSet and its pods, go by this release's.
     named = {**MATRIX["monitors"], "fullnameOverride": "secrets"}
-    (other,) = of_kind(template(tmp_path, named), "PrometheusRule")
-    assert '=~".*secrets.*"' in json.dumps(other["spec"]).replace('\\"', '"')
-    assert ".*vault-csi-provider.*" not in json.dumps(other["spec"])
+    (other,) = of_kind(template(tmp_path, named, namespace="elsewhere"), "PrometheusRule")
+    told = "".join(str(rule["expr"]) for group in other["spec"]["groups"] for rule in group["rules"])
+    assert {'namespace="elsewhere"', 'daemonset="secrets"', 'created_by_name="secrets"'} <= {*re.split("[{,} ]", told)}
+    assert "vault-csi-provider" not in told
+    assert 'container="provider"' in told
+    assert container(template(tmp_path, {}))["name"] == "provider"
 
 
 @pytest.mark.parametrize("file", ["podmonitor", "servicemonitor", "prometheusrule"])
@@ -637,6 +683,302 @@ def test_monitors_are_those_of_the_monitoring(tmp_path: Path, file: str) -> None
     made = normal(template(tmp_path, {"monitors": {switch: {"enabled": True}}}))
     there = normal(yaml.safe_load_all((ROOT / "deploy" / "monitoring" / f"{file}.yaml").read_text()))
     assert {key: made[key] for key in made.keys() - normal(template(tmp_path, {})).keys()} == there
+
+
+def parts(values: Mapping[str, Any], *above: str) -> Iterable[tuple[str, ...]]:
+    """The path of each value, and of each map of values that the schema knows."""
+    for name, value in values.items():
+        yield (*above, name)
+        if isinstance(value, dict) and value and "properties" in schema_at((*above, name)):
+            yield from parts(value, *above, name)
+
+
+def nested(path: Iterable[str], value: Any) -> dict[str, Any]:
+    """A value at its path, as a file of values has it."""
+    for name in reversed([*path]):
+        value = {name: value}
+    given_values: dict[str, Any] = value
+    return given_values
+
+
+@pytest.mark.parametrize("path", [*parts(DEFAULTS)], ids=".".join)
+def test_a_value_that_is_taken_away(tmp_path: Path, path: tuple[str, ...]) -> None:
+    """null is Helm's way to take a default away. Where the schema lets it be null, what is left is valid and the daemon
+    starts with it; everywhere else helm refuses, and names what is missing."""
+    *above, name = path
+    schema = schema_at(path)
+    kinds = [schema, *schema.get("anyOf", [])]
+    removable = any("null" in kind.get("type", ()) or None in kind.get("enum", ()) for kind in kinds)
+    assert removable != (name in schema_at(above).get("required", ()))
+    values = nested(path, None)
+    if removable and path != ("vaultAddress",):
+        manifests = template(tmp_path, values)
+        assert_valid(manifests, KUBERNETES[-1])
+        assert "" not in (settings(manifests).endpoint, settings(manifests).vault_addr)
+        if name.endswith("Probe"):
+            assert name not in container(manifests)
+    else:
+        assert name in refusal(tmp_path, {"vaultAddress": ADDRESS, **values})
+
+
+# Names that YAML takes for a number, a boolean or nothing where they stand without quotes.
+LOOKALIKES = ["123", "1e3", "0b1", "true", "null", "on", "0x1f", "010"]
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_names_stay_names(tmp_path: Path, name: str) -> None:
+    """Whatever name an object, a release or a namespace has, it is a string in what is installed."""
+    every: dict[str, Any] = {
+        **dict.fromkeys(("nameOverride", "vaultNamespace", "vaultAuthMountPath", "hmacSecretName"), name),
+        **{"priorityClassName": name, "providerName": name, "imagePullSecrets": [{"name": name}]},
+        "vaultCA": {"configMap": name, "key": name},
+        "image": {"tag": name, "repository": name},
+        "serviceAccount": {"name": name, "extraLabels": {"team": name}, "annotations": {"team": name}},
+        "daemonSet": {"extraLabels": {"team": name}, "annotations": {"team": name}, "providersDir": "/a:"},
+        "pod": {"extraLabels": {"team": name}, "annotations": {"team": name}, "nodeSelector": {"disk": name}},
+        "extraEnvironmentVars": {"NAME": name},
+        "monitors": {
+            "podMonitor": {"enabled": True, "labels": {"release": name}, "interval": "0", "scrapeTimeout": "0"},
+            "prometheusRule": {"enabled": True, "runbook": "*page"},
+        },
+        "networkPolicy": {"enabled": True},
+    }
+    for values in (every, {**every, "vaultCA": {"secret": name}}):
+        manifests = template(tmp_path, values, release=name, namespace=name)
+        assert_valid(kubernetes_own(manifests), KUBERNETES[-1])
+        assert_operator_valid(manifests)
+        assert_sound(with_namespace(manifests, name))
+        understood = settings(manifests)
+        assert (understood.vault_namespace, understood.vault_mount, understood.hmac_secret_name) == (name,) * 3
+        assert understood.endpoint == f"/provider/{name}.sock"
+    named = {m["metadata"]["name"] for m in template(tmp_path, {"fullnameOverride": name})}
+    assert {name} < named
+
+
+OWN_LABELS = ["app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "helm.sh/chart"]
+LABELLED = [path for path in leaves(DEFAULTS) if path[-1] in ("labels", "extraLabels")]
+
+
+@pytest.mark.parametrize("label", OWN_LABELS)
+@pytest.mark.parametrize("path", LABELLED, ids=".".join)
+def test_own_labels_are_the_charts(tmp_path: Path, path: tuple[str, ...], label: str) -> None:
+    """A label by which the chart or Helm finds an object is nobody else's to set: it would be there twice."""
+    assert label in refusal(tmp_path, nested(path, {label: "mine"}))
+
+
+def test_own_annotations_can_be_set(tmp_path: Path) -> None:
+    """Whoever annotates the pod wins over the chart's annotations for Prometheus, which are then there once."""
+    pod = {"annotations": {"prometheus.io/scrape": "false"}}
+    manifests = template(tmp_path, {"metrics": {"scrapeAnnotations": True}, "pod": pod})
+    annotations = daemonset(manifests)["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {
+        "prometheus.io/scrape": "false",
+        "prometheus.io/port": "8080",
+        "prometheus.io/path": "/metrics",
+    }
+
+
+# As Go reads them and as it does not, below the least that a sweep may have and above.
+DURATIONS = [
+    *("0", "0s", "00", "1", "60", "s", "1s", "90s", "1m30s", "1h30m", "300ms", "999ms", "1000ms", "1.5s"),
+    *("0.5s", "0.5s0.5s", "500ms500ms", "1s1s", ".5h", "5.m", "1ns", "1us", "1µs", "1μs", "1000000us", "1d"),
+    *("1w", "1y", "1S", "1M", "1H", "-1s", "+1s", "1e3s", "1,5s", "1..5s", ".", ".s", "1.s", "1s.", "0x1s"),
+    *("\u0661s", "1m1h", "1hour", "0.01m", "0.02m", "off", "never"),
+]
+
+
+@pytest.mark.parametrize("duration", ["", "1 s", " 1s", "1s\n", *DURATIONS])
+@pytest.mark.parametrize(
+    ("path", "flag"), [(("sweep", "interval"), "sweep-interval"), (("refreshAfter",), "refresh-after")]
+)
+def test_durations_are_those_that_the_daemon_reads(
+    tmp_path: Path, path: tuple[str, ...], flag: str, duration: str
+) -> None:
+    """The chart takes a duration if and only if the daemon does, which would else end at once, on every node."""
+    try:
+        parse([f"-{flag}={duration}"], {}, version=str)
+        taken = True
+    except InvalidSetting:
+        taken = False
+    if taken:
+        understood = settings(template(tmp_path, nested(path, duration)))
+        asked = parse([f"-{flag}={duration}"], {}, version=str).settings
+        assert asked is not None
+        assert (understood.sweep_interval, understood.refresh_after) == (asked.sweep_interval, asked.refresh_after)
+    else:
+        assert path[-1] in refusal(tmp_path, nested(path, duration))
+
+
+# Values that become flags or variables of the daemon, at the edge of what it reads.
+ODD: dict[str, tuple[list[Any], list[Any]]] = {
+    "vaultAddress": (
+        ["https://vault:65535", "https://[2001:db8::1]:8200", "http://vault/prefix/", "unix:///run/x.sock"],
+        [
+            *("https://vault:0", "https://vault:65536", "https://user:word@vault", "https://vault?x=1"),
+            *("https://vault#x", "https://[vault]", "https://:8200", "unix://run/x.sock", "unix:///run/x.sock?x"),
+        ],
+    ),
+    "tlsRoot": (["/", "/tls", "/tls/", "/..tls/.x/..."], ["tls", "/tls/..", "/../tls", "/tls/../x"]),
+    "maxPodMounts": ([0, 10_000_000], [-1, 10_000_001]),
+    "maxPodMiB": ([0, 10_000_000], [-1, 10_000_001]),
+    "vaultNamespace": (["team/a", "team b"], ["team\n", "\x7f"]),
+    "vaultAuthMountPath": (["k8s/one"], ["k8s\t"]),
+    "hmacSecretName": (["a.b-c"], ["-a", "A", "a_b", "a" * 254]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_daemon_takes_what_the_chart_takes(tmp_path: Path, name: str) -> None:
+    """At the edge of what is allowed, a value is refused by the schema, or it is one with which the daemon starts."""
+    taken, refused = ODD[name]
+    for value in taken:
+        assert settings(template(tmp_path, {name: value})).hardened
+    for value in refused:
+        assert f"/{name}" in refusal(tmp_path, {name: value})
+
+
+@pytest.mark.parametrize("duration", ["1.5m", "1m1h", "90", "1h ", "soon", "-1s", "1S", "1us"])
+@pytest.mark.parametrize("field", ["interval", "scrapeTimeout"])
+@pytest.mark.parametrize("monitor", ["podMonitor", "serviceMonitor"])
+def test_durations_of_monitors_are_the_operators(tmp_path: Path, monitor: str, field: str, duration: str) -> None:
+    """A duration that the Prometheus operator's definition does not have is refused before it gets there."""
+    assert re.fullmatch(DURATION, duration) is None
+    assert f"/monitors/{monitor}/{field}" in refusal(tmp_path, nested(("monitors", monitor, field), duration))
+
+
+@pytest.mark.parametrize(
+    ("interval", "timeout", "taken"),
+    [
+        ("10s", "10s", True),
+        ("5s", "10s", False),
+        ("1h", "59m60s", True),
+        ("1m", "1m1ms", False),
+        ("1d", "23h", True),
+        ("", "10s", True),
+        ("5s", "", True),
+        (None, None, True),
+    ],
+)
+def test_no_scrape_takes_longer_than_the_interval(
+    tmp_path: Path, interval: str | None, timeout: str | None, taken: bool
+) -> None:
+    """The operator passes over a monitor whose timeout is above its interval, and nothing is scraped: it is refused.
+    What is empty is left to Prometheus."""
+    monitor = {"enabled": True, "interval": interval, "scrapeTimeout": timeout}
+    values = {"monitors": {"podMonitor": monitor}}
+    if not taken:
+        assert "scrapeTimeout" in refusal(tmp_path, values)
+        return
+    manifests = template(tmp_path, values)
+    assert_operator_valid(manifests)
+    (endpoint,) = of_kind(manifests, "PodMonitor")[0]["spec"]["podMetricsEndpoints"]
+    assert (endpoint.get("interval"), endpoint.get("scrapeTimeout")) == (interval or None, timeout or None)
+
+
+@pytest.mark.parametrize("kind", OPERATOR_KINDS)
+def test_operators_schema_knows_no_other_field(tmp_path: Path, kind: str) -> None:
+    """Wherever a field of the operator's objects is misspelled, a field too many or of another type, it shows."""
+    monitor = {"ServiceMonitor": "serviceMonitor", "PodMonitor": "podMonitor", "PrometheusRule": "prometheusRule"}[kind]
+    (made,) = of_kind(template(tmp_path, {"monitors": {monitor: {"enabled": True}}}), kind)
+    assert_operator_valid([made])
+
+    def maps(value: Any, name: str = "") -> Iterable[dict[str, Any]]:
+        """Each map in there that has fields; labels and annotations have names of anybody's."""
+        if isinstance(value, dict) and name not in ("labels", "annotations", "matchLabels"):
+            yield value
+            for field, inner in value.items():
+                yield from maps(inner, field)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from maps(inner)
+
+    places = [place for place in maps(made["spec"]) if place]
+    assert len(places) > 3
+    for place in places:
+        for field, value in [*place.items()]:
+            for wrong in ({f"{field}s": value}, {field: {"a": [value]}}):
+                del place[field]
+                place.update(wrong)
+                with pytest.raises(ValidationError):
+                    assert_operator_valid([made])
+                place.pop(next(iter(wrong)))
+                place[field] = value
+    assert_operator_valid([made])
+
+
+@pytest.mark.parametrize("empty", [[], None])
+@pytest.mark.parametrize("path", [path for path in leaves(DEFAULTS) if path[0] == "networkPolicy"], ids=".".join)
+def test_an_empty_list_opens_nothing(tmp_path: Path, path: tuple[str, ...], empty: list[Any] | None) -> None:
+    """No list of the network policy, when empty, makes a rule without ports, which would let everything through; the
+    ports are the same as ever, or fewer."""
+    if path[-1] == "enabled":
+        return
+    values = {"networkPolicy": {"enabled": True, path[-1]: empty}}
+    manifests = template(tmp_path, values)
+    assert_valid(kubernetes_own(manifests), KUBERNETES[-1])
+    rules = [*policy(manifests)["egress"], *policy(manifests)["ingress"]]
+    assert all(rule["ports"] for rule in rules)
+    api = set() if path[-1] == "apiServerPorts" else API
+    assert reached(manifests) == DNS | api | {("TCP", 8200)}
+
+
+def test_quota_is_none_of_kube_system(tmp_path: Path) -> None:
+    """In kube-system a quota of the class would count kube-proxy and the network's pods; there the chart has none."""
+    (quota,) = of_kind(template(tmp_path, {}, namespace="elsewhere"), "ResourceQuota")
+    assert quota["metadata"]["namespace"] == "elsewhere"
+    assert of_kind(template(tmp_path, {}, namespace="kube-system"), "ResourceQuota") == []
+
+
+GLOBAL = {"imagePullSecrets": ["registry", {"name": "other"}], "externalVaultAddr": "https://vault.example.com"}
+
+
+def test_global_values_of_vaults_chart_count(tmp_path: Path) -> None:
+    """What Vault's chart has below `global` for all its parts holds here too, and this chart's own values win."""
+    manifests = template(tmp_path, {"vaultAddress": "", "global": GLOBAL})
+    assert settings(manifests).vault_addr == "https://vault.example.com"
+    secrets = [{"name": "registry"}, {"name": "other"}]
+    assert pod_spec(daemonset(manifests))["imagePullSecrets"] == secrets
+    own = template(tmp_path, {"global": {**GLOBAL, "tlsDisable": True}, "imagePullSecrets": [{"name": "mine"}]})
+    assert settings(own).vault_addr == ADDRESS
+    assert pod_spec(daemonset(own))["imagePullSecrets"] == [{"name": "mine"}]
+    tested = run("template", NAME, CHART, "--values", given(tmp_path, {"global": GLOBAL}), home=tmp_path)
+    (pod,) = of_kind(yaml.load_all(tested.stdout, Strict), "Pod")
+    assert pod["spec"]["imagePullSecrets"] == secrets
+
+
+def test_strings_of_vaults_chart_count(tmp_path: Path) -> None:
+    """Security contexts may be strings with templates, `enabled` a dash, and the socket's path stands for the name."""
+    contexts = {"pod": "runAsNonRoot: {{ false }}", "container": "seLinuxOptions:\n  type: {{ .Release.Name }}"}
+    values = {"enabled": "-", "daemonSet": {"securityContext": contexts, "endpoint": "unix:///provider/openbao.sock"}}
+    manifests = template(tmp_path, values)
+    assert pod_spec(daemonset(manifests))["securityContext"] == {"runAsNonRoot": False}
+    assert container(manifests)["securityContext"] == {"seLinuxOptions": {"type": NAME}}
+    assert settings(manifests).endpoint == "/provider/openbao.sock"
+    same = {"providerName": "openbao", "daemonSet": {"securityContext": contexts}}
+    assert manifests == template(tmp_path, same)
+
+
+@pytest.mark.parametrize(
+    ("pod", "said"),
+    [
+        ({"annotations": "a: [b"}, "pod.annotations: the string is no YAML"),
+        ({"tolerations": "all"}, "pod.tolerations: the string holds neither a map nor a list"),
+        ({"affinity": "{{ .Values.nothing }"}, "unexpected"),
+    ],
+)
+def test_strings_that_are_no_yaml_are_refused(tmp_path: Path, pod: dict[str, str], said: str) -> None:
+    """A string that does not hold what it stands for is refused by the value's name, not with a line of the output."""
+    assert said in refusal(tmp_path, {"pod": pod})
+
+
+def test_strings_may_hold_nothing(tmp_path: Path) -> None:
+    """A string whose template comes to nothing is as good as none."""
+    nothing = "{{ if .Values.debug }}a: b{{ end }}"
+    pod = {"annotations": nothing, "nodeSelector": nothing, "affinity": "# none\n", "tolerations": " "}
+    manifests = template(tmp_path, {"pod": pod})
+    assert_valid(manifests, KUBERNETES[-1])
+    spec = pod_spec(daemonset(manifests))
+    assert not any(spec.get(field) for field in ("nodeSelector", "affinity", "tolerations"))
 
 
 def test_kubelets_directory_changes_nothing(tmp_path: Path) -> None:
@@ -681,6 +1023,9 @@ def test_helm_test_asks_a_real_daemon(tmp_path: Path) -> None:
     (pod,) = of_kind(yaml.safe_load_all(done.stdout), "Pod")
     assert_valid([pod], KUBERNETES[-1])
     assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    # Security context constraints name accounts: the pod is admitted as the provider is, and without its token.
+    assert pod["spec"]["serviceAccountName"] == NAME
+    assert pod["spec"]["automountServiceAccountToken"] is False
     (asking,) = pod["spec"]["containers"]
     python, option, script = asking["command"]
     assert (python, option) == ("python", "-c")
@@ -709,6 +1054,10 @@ def test_helm_test_asks_a_real_daemon(tmp_path: Path) -> None:
         ({"agent": {"enabled": True}}, "`agent` is ignored", "hostNetwork"),
         ({"hostNetwork": True}, "With hostNetwork", "`agent`"),
         ({"healthPort": 9808}, "vault-csi-provider status -health-addr=:9808", "hostNetwork"),
+        ({"daemonSet": {"updateStrategy": {"maxUnavailable": "1"}}}, "no new pod serves before", "With OnDelete"),
+        ({"daemonSet": {"updateStrategy": {"maxSurge": "10%"}}}, "Look:", "no new pod serves before"),
+        ({"daemonSet": {"updateStrategy": {"type": "OnDelete"}}}, "With OnDelete", "no new pod serves before"),
+        ({"networkPolicy": {"enabled": True, "apiServerPorts": []}}, "apiServerPorts is empty", "hostNetwork"),
     ],
 )
 def test_notes_say_what_matters(tmp_path: Path, values: dict[str, Any], said: str, unsaid: str) -> None:

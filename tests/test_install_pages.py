@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,12 +21,23 @@ import yaml
 from provider.cli.flags import FLAGS
 from provider.settings import MAX_POD_MIB, MAX_POD_MOUNTS, MAX_POD_OBJECTS
 from tests.stand.driver import Driver
-from tests.stand.openbao import find_binary
-from tests.test_chart import CHART, NAME, kubernetes_own, template
+from tests.stand.kubeapi import KubeApi
+from tests.stand.openbao import OpenBao, find_binary
+from tests.test_chart import CHART, NAME, given, kubernetes_own, run, template
 from tests.test_examples import VAULT
-from tests.test_manifests import KUBERNETES, RIGHTS, assert_valid, of_kind, overlay, pod_spec, rights, settings
+from tests.test_manifests import (
+    KUBERNETES,
+    RIGHTS,
+    assert_valid,
+    container,
+    of_kind,
+    overlay,
+    pod_spec,
+    rights,
+    settings,
+)
 from tests.test_rolling_update import AUDIENCE, NODE, Node, running
-from tests.tools import ROOT, kubectl
+from tests.tools import ROOT, helm, kubectl
 
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("install", "platforms", "upgrade", "migration")}
 
@@ -117,30 +133,141 @@ def test_following_the_page_mounts_the_secret(tmp_path: Path) -> None:
 
 def prepare_vault(node: Node, home: Path) -> None:
     """Run what the page has between its marks, with a real kubectl where it reads the kubeconfig alone."""
-    (part,) = re.findall(r"<!-- vault: begin.*?-->\n(.*?)<!-- vault: end -->", PAGES["install"], re.DOTALL)
-    script = "".join(re.findall(r"```sh\n(.*?)```", part, re.DOTALL))
-    tools = home / "tools"
-    tools.mkdir()
     reviewer = node.kube.issue_token(*node.kube.reviewer, ttl=3600)
     (home / "reviewer").write_text(reviewer)
-    # The Secret's token is the stand's reviewer's; every other command is kubectl's.
-    secret = f'*"get secret vault-reviewer"*) base64 -w0 < {home}/reviewer'
-    shims = {
-        "vault": VAULT.replace("BAO", str(find_binary())),
-        "kubectl": f'#!/bin/sh\ncase "$*" in {secret} ;; *) exec {kubectl()} "$@" ;; esac\n',
-    }
-    for name, text in shims.items():
+    # The Secret's token is the stand's reviewer's, and comes a moment after the Secret; every other command is
+    # kubectl's.
+    secret = (
+        f'*"get secret vault-reviewer"*) [ -e {home}/asked ] && base64 -w0 < {home}/reviewer; echo >> {home}/asked ;;'
+    )
+    shims = {"kubectl": f'case "$*" in {secret} *) exec {kubectl()} "$@" ;; esac'}
+    kubeconfig = str(node.kube.write_kubeconfig(home / "admin"))
+    shell(home, marked("vault"), shims, {"KUBECONFIG": kubeconfig, **vault_as_root(node.bao)})
+    assert len((home / "asked").read_text().splitlines()) == 2
+
+
+def marked(name: str) -> str:
+    """The commands of the page between its marks of a name."""
+    (part,) = re.findall(rf"<!-- {name}: begin.*?-->\n(.*?)<!-- {name}: end -->", PAGES["install"], re.DOTALL)
+    return "".join(re.findall(r"```sh\n(.*?)```", part, re.DOTALL))
+
+
+def vault_as_root(bao: OpenBao) -> dict[str, str]:
+    """The variables with which the command vault reaches a server."""
+    return {"VAULT_ADDR": bao.address, "VAULT_TOKEN": bao.root_token}
+
+
+def shell(
+    home: Path, script: str, programs: Mapping[str, str], environment: Mapping[str, str], *, fails: bool = False
+) -> str:
+    """Run commands in a shell that has these programs, each a line of shell, and the command vault. Its output."""
+    tools = home / "tools"
+    tools.mkdir(exist_ok=True)
+    vault = VAULT.replace("BAO", str(find_binary()))
+    for name, text in {"vault": vault, **{name: f"#!/bin/sh\n{line}\n" for name, line in programs.items()}}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    environment = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "HOME": str(home),
-        "KUBECONFIG": str(node.kube.write_kubeconfig(home / "admin")),
-        "VAULT_ADDR": node.bao.address,
-        "VAULT_TOKEN": node.bao.root_token,
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(home), **environment}
+    done = subprocess.run(["/bin/sh", "-eu"], input=script, cwd=home, env=environ, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_vault_of_the_cluster_needs_no_account_of_its_own(tmp_path: Path) -> None:
+    """The page's commands for a Vault in the cluster stand by themselves: they read no file and no Secret. (A pod has
+    the API server's CA; this Vault is in none, and so is given one.)"""
+    script = marked("vault in the cluster")
+    assert "@" not in script
+    with OpenBao() as bao, KubeApi() as kube:
+        (tmp_path / "ca.crt").write_bytes(kube.ca_pem)
+        shell(tmp_path, f"{script.rstrip()} kubernetes_ca_cert=@ca.crt\n", {}, vault_as_root(bao))
+        config = bao.api("GET", "auth/kubernetes/config")["data"]
+    assert config["kubernetes_host"] == "https://kubernetes.default.svc"
+    assert not config.get("token_reviewer_jwt_set")
+
+
+def test_image_of_the_page_is_the_one_that_is_installed(tmp_path: Path) -> None:
+    """What the page builds and pushes is what its values have the nodes pull."""
+    values = yaml.safe_load(files("install")["provider-values.yaml"])
+    image = container(template(tmp_path, values))["image"]
+    text = "\n".join(blocks("install", "sh"))
+    assert re.findall(r"docker (?:build --tag|push) (\S+)", text) == [image, image]
+
+
+def test_constraints_of_openshift_name_the_account(tmp_path: Path) -> None:
+    """The accounts that the page's SCC admits are those of the provider's pod and of the pod of `helm test`."""
+    constraints = yaml.safe_load(files("platforms")["scc.yaml"])
+    done = run("template", NAME, CHART, "--namespace", NAME, "--values", given(tmp_path, {}), home=tmp_path)
+    pods = of_kind([*yaml.safe_load_all(done.stdout)], "DaemonSet", "Pod")
+    accounts = {f"system:serviceaccount:{NAME}:{pod_spec(pod)['serviceAccountName']}" for pod in pods}
+    assert len(pods) == 2
+    assert accounts == {*constraints["users"]}
+    kinds = {kind for pod in pods for volume in pod_spec(pod)["volumes"] for kind in volume if kind != "name"}
+    assert kinds <= {*constraints["volumes"]}
+
+
+@contextmanager
+def cluster_with(release: str, chart: str, version: str) -> Iterator[str]:
+    """The address of a Kubernetes API that has a Helm release, and nothing else."""
+    told = {
+        "name": release,
+        "namespace": release,
+        "version": 1,
+        "info": {"status": "deployed"},
+        "chart": {"metadata": {"name": chart, "version": version, "apiVersion": "v2", "appVersion": "1.2.3"}},
     }
-    done = subprocess.run(["/bin/sh", "-eu"], input=script, cwd=home, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    stored = base64.b64encode(gzip.compress(json.dumps(told).encode()))
+    name = f"sh.helm.release.v1.{release}.v1"
+    secret = {
+        "metadata": {"name": name, "namespace": release, "labels": {"name": release, "owner": "helm", "version": "1"}},
+        "type": "helm.sh/release.v1",
+        "data": {"release": base64.b64encode(stored).decode()},
+    }
+
+    class Secrets(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            mine = f"name%3D{release}%2C" in self.path or self.path.endswith(name)
+            body: dict[str, Any] = {"apiVersion": "v1", "kind": "SecretList", "items": [secret] if mine else []}
+            answer = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing is told of a request."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Secrets) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("release", ["vault", "openbao"])
+def test_the_old_provider_goes_and_nothing_else_moves(tmp_path: Path, release: str) -> None:
+    """The page's commands turn the old provider off with the chart's version that is installed, and stop where there is
+    no such release: without a version Helm would move Vault itself to the newest chart."""
+    (script,) = [block for block in blocks("migration", "sh") if f"upgrade {release} " in block]
+    asked = tmp_path / "asked"
+    shims = {
+        "helm": f'case "$*" in *upgrade*) printf "%s\\n" "$@" > {asked} ;; *) exec {helm()} "$@" ;; esac',
+        "kubectl": "true",
+    }
+    with cluster_with(release, release, "0.28.1") as address:
+        shell(tmp_path, script, shims, {"HELM_KUBEAPISERVER": address, "KUBECONFIG": os.devnull})
+        upgrade = asked.read_text().splitlines()
+        asked.unlink()
+        with_other = script.replace(f"metadata {release}", "metadata other")
+        told = shell(tmp_path, with_other, shims, {"HELM_KUBEAPISERVER": address, "KUBECONFIG": os.devnull}, fails=True)
+    assert upgrade[upgrade.index("--version") + 1] == "0.28.1"
+    assert {"--reuse-values", "csi.enabled=false"} <= {*upgrade}
+    assert "no such release" in told
+    assert not asked.exists()
 
 
 def rows(text: str) -> Iterator[list[str]]:
