@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import logging
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,16 @@ import grpc
 import pytest
 import yaml
 
-from provider.telemetry.metrics import FRESH_SECONDS
+from provider.cli.flags import FLAGS, parse
+from provider.telemetry.metrics import FAMILIES, FRESH_SECONDS, METHODS, STATUSES
+from provider.telemetry.metrics import OTHER as ANY_OTHER
 from tests.live import DATABASE, STATIC, Cluster, Daemon, class_of
 from tests.scrape import Scrape
 from tests.stand.driver import Driver
 from tests.stand.process import free_port
 from tests.stand.waiting import eventually
+from tests.test_metrics import Told, request
+from tests.test_volumes import mounted, refused
 from tests.tools import ROOT, promtool
 
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -669,7 +675,9 @@ def test_alert_fires_when_it_should_and_else_not(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("case", UNEVENTFUL, ids=lambda case: case.why)
 def test_what_is_no_trouble_fires_no_alert(case: Quiet, tmp_path: Path) -> None:
     """A failover, a start, an update, a drained node, a deleted pod: no alert fires at any time."""
-    expected = [(minute, name, []) for name in ALERTS for minute in range(HOUR)]
+    expected: list[tuple[int, str, list[dict[str, Any]]]] = [
+        (minute, name, []) for name in ALERTS for minute in range(HOUR)
+    ]
     promised(ALERTS, [promtool_test(case.series, expected)], tmp_path)
 
 
@@ -748,8 +756,88 @@ def test_dashboard_can_be_computed(tmp_path: Path) -> None:
 
 # A metric's name, and the label matchers behind it.
 METRIC = re.compile(r"\b((?:vault|secret_rotation|process|kube)_[a-z_]+)(?:\{([^}]*)\})?")
+MATCHER = re.compile(r'([a-z_]+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
+# Labels that results are told apart, joined or shown by.
+GROUPED = re.compile(r"\b(?:by|on|group_left)\s*\(([^)]*)\)")
 # What Prometheus puts on what it scrapes.
 TARGET = {"job", "node", "namespace", "pod", "instance"}
+# Labels with values that others choose.
+FREE = {*TARGET, "path", "address", "pod_namespace", "pod_name", "version", "python"}
+# The DaemonSet of the manifests, which the chart's rules put their release's in place of.
+MANIFEST = yaml.safe_load((ROOT / "daemonset" / "base" / "daemonset.yaml").read_text())
+(CONTAINER,) = MANIFEST["spec"]["template"]["spec"]["containers"]
+_OURS = {"namespace": {MANIFEST["metadata"]["namespace"]}}
+_STATES = {"true", "false", "unknown"}
+# kube-state-metrics' labels, and the values that they have or that are ours; None is for those that vary.
+# Source: https://github.com/kubernetes/kube-state-metrics/tree/main/docs/metrics
+KUBE: dict[str, dict[str, set[str] | None]] = {
+    "kube_pod_info": {
+        **_OURS,
+        "pod": None,
+        "node": None,
+        "created_by_kind": {MANIFEST["kind"]},
+        "created_by_name": {MANIFEST["metadata"]["name"]},
+    },
+    "kube_pod_status_ready": {**_OURS, "pod": None, "condition": _STATES},
+    "kube_pod_container_status_restarts_total": {**_OURS, "pod": None, "container": {CONTAINER["name"]}},
+    "kube_node_status_condition": {"node": None, "condition": {"Ready"}, "status": _STATES},
+    "kube_daemonset_status_desired_number_scheduled": {**_OURS, "daemonset": {MANIFEST["metadata"]["name"]}},
+    "kube_daemonset_status_current_number_scheduled": {**_OURS, "daemonset": {MANIFEST["metadata"]["name"]}},
+}
+
+
+async def known_values() -> dict[str, dict[str, set[str] | None]]:
+    """Every metric with its labels, and the values that they can have; None where others choose them.
+
+    What is counted from 0 is told by a daemon that has just begun; what has no series before it happens is of the code.
+    """
+    beginning = Told()
+    beginning.tell(mounted({"a": "1"}), refused(), refused(name="new"), request())
+    known: dict[str, dict[str, set[str] | None]] = {name: dict(labels) for name, labels in KUBE.items()}
+    for sample in (await beginning.scrape()).samples:
+        labels = known.setdefault(sample.name, {})
+        for label, value in sample.labels.items():
+            values = labels.setdefault(label, None if label in FREE else set())
+            if values is not None:
+                values.add(value)
+    known["vault_requests_total"]["status"] = {*STATUSES.values(), *(f"{digit}xx" for digit in range(1, 6))}
+    known["vault_requests_total"]["method"] = {*METHODS, ANY_OTHER}
+    return known
+
+
+async def test_labels_and_values_of_rules_and_panels_can_be() -> None:
+    """What a rule or a panel asks for by a label's value is a value that the code can give: none is misspelt.
+
+    What they ask of Kubernetes is what the manifests install. Results are grouped and named by labels that are there.
+    """
+    known = await known_values()
+    for where, expression in expressions().items():
+        has = set(TARGET)
+        for name, matchers in METRIC.findall(expression):
+            assert name in known, f"{where}: nobody tells {name}"
+            labels = known[name]
+            has |= labels.keys()
+            for label, operator, asked in MATCHER.findall(matchers):
+                if label in TARGET and not name.startswith("kube_"):
+                    continue
+                assert label in labels, f"{where}: {name} has no label {label}"
+                values = labels[label]
+                if values is None or not asked:
+                    continue
+                for each in asked.split("|") if "~" in operator else [re.escape(asked)]:
+                    assert any(re.fullmatch(each, value) for value in values), f"{where}: {name} has no {label} {asked}"
+        grouped = {label for group in GROUPED.findall(expression) for label in re.findall(r"\w+", group)}
+        assert grouped <= has, f"{where}: nothing has a label {grouped - has}"
+    for panel in panels():
+        for target in panel["targets"]:
+            shown = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+            assert shown <= set(re.findall(r"\w+", " ".join(GROUPED.findall(target["expr"])))), panel["title"]
+
+
+def test_chart_runs_the_container_that_the_rules_ask_for() -> None:
+    """The chart's container has the name that the rules know; its other names are put in by the chart."""
+    template = (ROOT / "deploy" / "helm" / "vault-csi-provider" / "templates" / "daemonset.yaml").read_text()
+    assert re.findall(r"containers:\n\s+- name: (\S+)", template) == [CONTAINER["name"]]
 
 
 def test_what_rules_and_panels_name_is_what_a_daemon_tells(tmp_path: Path) -> None:
@@ -798,6 +886,9 @@ def _seal_and_unseal(cluster: Cluster, port: int, remount: Callable[[], object])
     def away() -> float:
         return Scrape.of(port).value("vault_csi_vault_away", address=cluster.bao.address)
 
+    def sealed() -> float:
+        return sum(Scrape.of(port).values("vault_requests_total", status="503"))
+
     cluster.bao.seal()
     with pytest.raises(grpc.RpcError, match="sealed"):
         remount()
@@ -806,8 +897,10 @@ def _seal_and_unseal(cluster: Cluster, port: int, remount: Callable[[], object])
     scrape = Scrape.of(port)
     assert scrape.value("vault_csi_remount_failures_total", code="FAILED_PRECONDITION") == 1
     assert scrape.values("vault_csi_volume_failing_seconds", pod_name="web", mounted="true") != []
-    assert sum(scrape.values("vault_requests_total", status="503")) > 0
     assert scrape.value("secret_rotation_total", secret_type="leased", status="error") == 1
+    # The daemon looks on while nobody asks for anything.
+    answered = sealed()
+    eventually(lambda: sealed() >= answered + 3, "it looks again and again, and is answered 503")
     cluster.bao.unseal()
     eventually(lambda: away() == 0, "Vault is back")
     remount()
@@ -827,8 +920,131 @@ def _assert_told(scrape: Scrape) -> None:
             if name.startswith("kube_"):
                 continue
             assert name in labels, f"{where}: no daemon tells {name}"
-            asked = set(re.findall(r"([a-z_]+)\s*(?:=~|!~|!=|=)", matchers))
+            asked = {label for label, _, _ in MATCHER.findall(matchers)}
             assert asked <= labels[name] | TARGET, f"{where}: {name} has no label {asked - labels[name] - TARGET}"
+
+
+# -- the runbook's words -----------------------------------------------------------------------------------------------
+
+# What others say or call so: Kubernetes, kubectl, the driver and Vault.
+OTHERS_WORDS = {
+    *("provider not found", "Last State", "ContainerCreating", "OOMKilled", "describe pod", "logs --previous"),
+    *("spec.affinity", "list", "enableSecretRotation", "requiresRepublish", "tokenRequests", "Sealed true"),
+    *("--rotation-poll-interval", "disable_iss_validation", "token_no_default_policy", "ttl", "max_ttl", "update"),
+    *("database/", "aws/", "auth/token/revoke-self"),
+}
+PLACEHOLDER = "\0"
+PUNCTUATION = ";:,."
+
+
+def told_texts() -> list[str]:
+    """Every text of the program's code but its docstrings; a place that is filled in is a PLACEHOLDER."""
+    found = []
+    for file in sorted((ROOT / "provider").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found.append(re.sub(r"%[sdr]", PLACEHOLDER, node.value))
+    return found
+
+
+def says(words: Sequence[str], quoted: Sequence[str]) -> bool:
+    """Whether a text of these words has those that are quoted, one behind the other; an ellipsis stands for any.
+
+    What is filled in may be one of them, but not the first, and no two in a row.
+    """
+    return any(_begins(words[start:], quoted, guess=False) for start in range(len(words)))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, without what is put behind them."""
+    return [word.strip(PUNCTUATION) for word in text.split()]
+
+
+def _begins(words: Sequence[str], quoted: Sequence[str], *, guess: bool) -> bool:
+    if not quoted:
+        return True
+    if quoted[0] == "…":
+        return any(_begins(words[start:], quoted[1:], guess=False) for start in range(1, len(words) + 1))
+    if not words or (words[0] == PLACEHOLDER and not guess):
+        return False
+    same = re.fullmatch(".*".join(map(re.escape, words[0].split(PLACEHOLDER))), quoted[0])
+    return same is not None and _begins(words[1:], quoted[1:], guess=words[0] != PLACEHOLDER)
+
+
+def test_program_says_what_the_runbook_quotes() -> None:
+    """Each text in quotation marks is one of the program, of the dashboard, or known to be another's."""
+    texts = [words_of(text) for text in told_texts()]
+    titles = {panel["title"] for panel in panels()}
+    prose = re.sub(r"```.*?```|`[^`]*`", "", RUNBOOK, flags=re.DOTALL)
+    quotes = {" ".join(quote.split()) for quote in re.findall(r'"([^"]+)"', prose)}
+    assert len(quotes) > 10
+    for quote in quotes - titles - OTHERS_WORDS:
+        assert any(says(words, words_of(quote)) for words in texts), f"nothing says {quote!r}"
+
+
+def test_runbook_names_what_there_is() -> None:
+    """Each name, flag, path and command that the runbook has in code's type is one that works here."""
+    texts = {
+        *told_texts(),
+        *logging.getLevelNamesMapping(),
+        MANIFEST["spec"]["template"]["spec"]["priorityClassName"],
+    }
+    labels = {label for family in FAMILIES for label in family.labels} | TARGET
+    values = yaml.safe_load((ROOT / "deploy" / "helm" / "vault-csi-provider" / "values.yaml").read_text())
+    flags = {spelling.lstrip("-") for flag in FLAGS for spelling in flag.spellings}
+    blocks = [
+        line.partition("#")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    codes = {
+        " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", RUNBOOK, flags=re.DOTALL))
+    }
+    for code in codes.union(blocks) - OTHERS_WORDS:
+        first, *rest = code.split()
+        if first in ("kubectl", "vault"):
+            _assert_command(rest)
+        elif first == "vault-csi-provider":
+            assert parse(rest, {}, str).status is not None
+        elif code.startswith("--"):
+            assert code.partition("=")[0].lstrip("-") in flags, code
+            parse([code] if "=" in code else [], {}, str)
+        elif "/" in code and not code.startswith("/") and (ROOT / code.partition("/")[0]).is_dir():
+            assert (ROOT / code).exists(), code
+        else:
+            plain = code.strip('"').replace('":"', " ").split()
+            assert all(each in texts | labels or _is_value(values, each) for each in plain), code
+
+
+def _assert_command(arguments: list[str]) -> None:
+    """Namespace, DaemonSet and account are the manifests', and so is the command that is run in a pod."""
+    name, namespace = MANIFEST["metadata"]["name"], MANIFEST["metadata"]["namespace"]
+    account = MANIFEST["spec"]["template"]["spec"]["serviceAccountName"]
+    if "-n" in arguments:
+        assert arguments[arguments.index("-n") + 1] in (namespace, "NAMESPACE")
+    for argument in arguments:
+        if argument.startswith("daemonset/"):
+            assert argument == f"daemonset/{name}"
+        if argument.startswith("--as="):
+            assert argument == f"--as=system:serviceaccount:{namespace}:{account}"
+    if "--" in arguments:
+        program, *rest = arguments[arguments.index("--") + 1 :]
+        if program == "vault-csi-provider":
+            assert parse(rest, {}, str).status is not None
+
+
+def _is_value(values: Any, path: str) -> bool:
+    """Whether the chart has a value of that path, "a.b" or "a.b=given"."""
+    for key in path.partition("=")[0].split("."):
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 if __name__ == "__main__":
