@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -104,6 +106,27 @@ def test_commands_name_what_is_there(page: str) -> None:
     assert {path for path in re.findall(r"\bdeploy/[\w./-]+", text) if ROOT / path != CHART} == set()
     assert set(re.findall(r"--(?:values|filename) (\S+)", text)) <= shown
     assert set(re.findall(r"daemonset/([\w-]+)", text)) <= {NAME}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_helm_takes_the_pages_commands(tmp_path: Path, page: str) -> None:
+    """Each command that installs this chart, with the values and the --set that it has, gives what is valid."""
+    for name, text in {name: text for each in PAGES for name, text in files(each).items()}.items():
+        (tmp_path / name).write_text(text)
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("helm ") and "deploy/helm" in line]
+    assert commands
+    for command in commands:
+        asked = command[command.index("deploy/helm/vault-csi-provider") :]
+        options = [*itertools.chain(*(pair for pair in itertools.pairwise(asked) if pair[0] in TAKEN))]
+        done = run("template", NAME, CHART, "--skip-tests", *options, home=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert_valid(kubernetes_own(yaml.safe_load_all(done.stdout)), KUBERNETES[-1])
+        assert {word for word in asked if word.startswith("--")} <= {*TAKEN, "--wait", "--timeout", "--take-ownership"}
+
+
+# Options of helm that say what is rendered.
+TAKEN = ("--values", "--set", "--namespace")
 
 
 def test_following_the_page_mounts_the_secret(tmp_path: Path) -> None:
