@@ -49,7 +49,7 @@ from provider.telemetry.events import (
 )
 from provider.telemetry.http import Request
 from provider.telemetry.metrics import FAMILIES, MAX_FAILING, MAX_PATHS, MAX_SERIES, Metrics
-from provider.telemetry.volumes import UNSHOWN_SECONDS, Volumes
+from provider.telemetry.volumes import FAILING_SECONDS, UNSHOWN_SECONDS, Volumes
 from tests.scrape import OPENMETRICS, Scrape
 from tests.test_volumes import Hand, mounted, pod, refused
 from tests.tools import ROOT
@@ -503,7 +503,7 @@ async def test_who_asks_in_a_loop_is_given_the_same_answer(monkeypatch: pytest.M
 
 _PROBE = """
 import asyncio, ctypes, os, sys
-from provider.telemetry.volumes import UNSHOWN_SECONDS, Volumes
+from provider.telemetry.volumes import FAILING_SECONDS, UNSHOWN_SECONDS, Volumes
 from provider.telemetry.metrics import Metrics
 from provider.telemetry.http import Request
 from provider.clock import SystemClock
@@ -563,6 +563,10 @@ def test_page_of_metrics_names_the_limits() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     for limit in (MAX_PATHS, MAX_SERIES, MAX_FAILING, metrics.MAX_ADDRESSES):
         assert f"**{limit}**" in page
+    times = (("seven", 7, 2 * UNSHOWN_SECONDS), ("ten", 10, FAILING_SECONDS), ("15", 15, metrics.IDLE_SECONDS))
+    for word, minutes, seconds in times:
+        assert f"{word} minutes" in page
+        assert seconds == 60 * minutes
 
 
 if __name__ == "__main__":
