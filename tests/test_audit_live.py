@@ -170,6 +170,28 @@ def test_what_is_issued_on_every_mount_is_told_each_time(cluster: Cluster, tmp_p
     assert all(0 < line["ttl_seconds"] <= 3600 for line in issues)
 
 
+def test_issue_names_the_class_that_asked(cluster: Cluster, tmp_path: Path) -> None:
+    """Of two volumes of a pod that are mounted at once, the one whose class has no credential is not named for it."""
+    cluster.role("classes")
+    with (
+        Audited(cluster, tmp_path / "audit.log") as audited,
+        Driver(audited.daemon.socket) as second,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        pod = cluster.pod("classes")
+        cluster.bao.pause()
+        leased = pool.submit(cluster.mount, audited.driver, pod, class_of("classes", *DATABASE), "leased")
+        time.sleep(0.3)
+        static = pool.submit(cluster.mount, second, pod, class_of("classes", *STATIC), "static")
+        time.sleep(0.3)
+        cluster.bao.resume()
+        for under_way in (leased, static):
+            under_way.result()
+        (issue,) = audited.await_lines("issue")
+    assert issue["class"] == "leased"
+    assert [wanted["object"] for wanted in issue["objects"]] == ["db-username", "db-password"]
+
+
 def test_pods_that_shared_a_read_have_its_request(cluster: Cluster, tmp_path: Path) -> None:
     """Two pods that got the answer of one request both name it, and OpenBao's own log has it once."""
     cluster.role("shared")

@@ -16,7 +16,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from provider.clock import Clock
@@ -81,6 +81,7 @@ class _Mount:
     interval: float
     log_in: LogIn
     deadline: float
+    class_name: str
     objects: Sequence[ObjectSpec]
 
     def objects_of(self, read: Read) -> list[ObjectSpec]:
@@ -120,12 +121,13 @@ class Session:
         Where the login fails, all of them have the one error object in common.
         """
         self.mounted_at = self._clock.now()
+        class_name = self.class_name  # another mount of the pod, of another class, may begin before this is over
         self._has.asked = True
         if self._has.tokens and self.file.is_behind():
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         began = self._has.newest.serial if self._has.newest else -1
-        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, objects)
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, class_name, objects)
         at_hand: dict[Read, Supply] = {}
         answers = await self._all(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
@@ -305,7 +307,7 @@ class Session:
     ) -> None:
         self._around.telemetry.record(
             Issued(
-                self._who(),
+                replace(self._who(), class_name=mount.class_name),
                 read.request.path,
                 Kind.LEASED if secret.leased else Kind.ISSUED,
                 token.auth.accessor,
