@@ -92,6 +92,7 @@ def _serve(settings: Settings, build: Build | None, log: Log, told_to_stop: asyn
     from provider.cli import parts, process
 
     process.keep_memory_private()
+    process.raise_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings, build or functools.partial(parts.build, stderr=log.lines), told_to_stop))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import sys
 from typing import Final
 
 # linux/prctl.h
@@ -27,6 +28,18 @@ def keep_memory_private() -> None:
     limit = 0 if hard == 0 else NO_CORE_BYTES  # one that is lower stays, since only a capability may raise it
     resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
     control(_PR_SET_DUMPABLE, 0)
+
+
+def raise_descriptors() -> None:
+    """Have as many files and sockets open as the kernel lets this process: the limit to start with is for select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def control(option: int, value: int) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import aiohappyeyeballs
 
 from provider import __version__
+from provider.http.allowance import Allowance
 from provider.http.connection import Connection, Response
 from provider.http.failures import (
     ConnectFailed,
@@ -78,7 +79,7 @@ class Pool:
     """At most ``limit`` connections to ``origin``; whoever finds none free waits, first come, first served.
 
     ``connect_seconds`` bound how long one connection may take to come about, TLS and a proxy's tunnel included;
-    ``headers`` go with every request. For one event loop.
+    ``headers`` go with every request. An ``allowance`` is shared with other pools. For one event loop.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Pool:
         limit: int,
         connect_seconds: float,
         headers: Mapping[str, str] | None = None,
+        allowance: Allowance | None = None,
     ) -> None:
         self._origin = origin
         self._lookups = lookups
         self._limit = limit
+        self._allowance = allowance or Allowance(limit)
         self._connect_seconds = connect_seconds
         fixed = {"Host": origin.authority}
         self._before_path = ""
@@ -161,10 +164,11 @@ class Pool:
         while True:
             while self._idle:
                 connection = self._idle.pop()  # the last that came to rest; the others may have rested long enough
+                self._allowance.taken(connection)
                 if connection.usable:
                     return connection
             if self._open < self._limit and self._arriving <= len(self._waiting):
-                self._open += 1
+                self._take_place()
                 return await self._connect()
             handed = await self._turn()
             if handed is None:
@@ -175,8 +179,8 @@ class Pool:
     def _open_ahead(self) -> None:
         """Open what is expected to be needed besides the connection that is in use now."""
         needed, self._expected = self._expected - 1 - len(self._idle) - self._arriving, 0
-        for _ in range(min(needed, self._limit - self._open)):
-            self._open += 1
+        for _ in range(min(needed, self._limit - self._open, self._allowance.spare)):
+            self._take_place()
             self._arriving += 1
             task = asyncio.create_task(self._arrive())
             self._tasks.add(task)
@@ -222,6 +226,7 @@ class Pool:
             loop = asyncio.get_running_loop()
             connection.rested_at = loop.time()
             self._idle.append(connection)
+            self._allowance.rests(connection)
             if self._reaping is None:
                 self._reaping = loop.call_later(KEEPALIVE_SECONDS, self._reap)
 
@@ -229,9 +234,15 @@ class Pool:
         if connection not in self._live:
             return  # it never came about, or not whole
         self._live.remove(connection)
+        self._allowance.taken(connection)
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
         self._place_free()
+
+    def _take_place(self) -> None:
+        """A connection is about to be opened."""
+        self._open += 1
+        self._allowance.opened()
 
     def _place_free(self) -> None:
         """A connection is gone: whoever waits may open one."""
@@ -240,6 +251,7 @@ class Pool:
             turn.set_result(None)
         else:
             self._open -= 1
+            self._allowance.closed()
 
     def _next_turn(self) -> asyncio.Future[Connection | None] | None:
         while self._waiting:
@@ -288,7 +300,7 @@ class Pool:
             try:
                 # Before there is a connection: what the event loops make of such a name is not the same.
                 origin.tls.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=server_name)
-            except ValueError as error:
+            except (ValueError, ssl.SSLError) as error:
                 raise TlsFailed("no certificate can be for its name") from error
         proxy = origin.proxy
         if proxy is None:

@@ -71,7 +71,7 @@ class AddressPattern:
             return cls(place.scheme, place.host, place.port, place.path)
         found = _PATTERN.fullmatch(text)
         path = (found["path"] or "") if found else ""
-        if found is None or (path and not found["scheme"]) or "%" in path or _has_ways_out(path):
+        if found is None or (path and not found["scheme"]) or not _is_plain(path) or _has_ways_out(path):
             raise ValueError(ALLOWED)
         scheme = (found["scheme"] or "https").lower()
         wildcard, name = _wildcard(found["host"])
@@ -103,8 +103,7 @@ class AddressPattern:
                 return False
         if (self.scheme, self.port or place.port) != (place.scheme, place.port):
             return False
-        # An escape may hide a slash from one reader and show it to the next.
-        return not self.path or ("%" not in place.path and f"{place.path}/".startswith(f"{self.path}/"))
+        return not self.path or (_is_plain(place.path) and f"{place.path}/".startswith(f"{self.path}/"))
 
 
 class AllowedAddresses:
@@ -125,6 +124,11 @@ class AllowedAddresses:
         # The operator's word for where Vault is stands, even where it has more than one reading.
         self._own = settings.vault_addr.rstrip("/")
         self._client_cert = settings.tls.client_cert
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The hosts that the operator's flags name by themselves, as they stand in a URL but for their case."""
+        return frozenset(pattern.host.strip("[]") for pattern in self._exact if pattern.host)
 
     def allows(self, url: str) -> bool:
         """Whether a class may name this URL, or be led to it; a query counts for nothing."""
@@ -210,6 +214,15 @@ def _is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_plain(path: str) -> bool:
+    """Whether all readers find the same elements in it.
+
+    An escape may hide a slash from one and show it to the next; some leave out what follows a semicolon, and some an
+    empty element.
+    """
+    return "%" not in path and ";" not in path and "//" not in path
 
 
 def _has_ways_out(path: str) -> bool:

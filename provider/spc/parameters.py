@@ -72,6 +72,9 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Go's strconv.ParseBool, which the Go providers read it with.
 _TRUE: Final = ("1", "t", "T", "TRUE", "true", "True")
 _FALSE: Final = ("0", "f", "F", "FALSE", "false", "False")
+# Of a host's name, and of what is between its dots.
+_MAX_NAME: Final = 253
+_MAX_LABEL: Final = 63
 _SCHEMES: Final = "write http://host:port, https://host:port or unix:///path/to/socket"
 
 
@@ -201,8 +204,18 @@ def address(text: str) -> str:
         raise Refused("names no socket by its absolute path", _SCHEMES)
     if url.scheme != "unix" and not url.hostname:
         raise Refused("has no host", _SCHEMES)
+    _check_name(url.hostname or "")
     paths.refuse_dots(url.path)
     return f"{url.scheme}://{url.netloc.lower()}{url.path.rstrip('/')}"
+
+
+def _check_name(name: str) -> None:
+    """Raise Refused if a host's name is longer than DNS allows (RFC 1035 section 2.3.4)."""
+    if len(name.removesuffix(".")) > _MAX_NAME or any(len(label) > _MAX_LABEL for label in name.split(".")):
+        raise Refused(
+            f"has a host name of more than {_MAX_NAME} characters, or {_MAX_LABEL} between dots",
+            "write the name that DNS has, or an IP address",
+        )
 
 
 def mounting_pod(attributes: str) -> Pod | None:
@@ -355,13 +368,19 @@ class Parameters:
         return TlsSettings(
             ca_cert=ca_cert,
             ca_directory=ca_directory,
-            server_name=self._or("TLSServerName", operators.server_name),
+            server_name=self._server_name() or operators.server_name,
             client_cert=client_cert,
             client_key=client_key,
             skip_verify=self._skip_verify(settings),
             ca_root="" if own_cas else settings.tls_root,
             client_root="" if own_client or not client_cert else settings.tls_root,
         )
+
+    def _server_name(self) -> str:
+        name, spelling = self._clean("TLSServerName")
+        if name:
+            self._findings.attempt(f"{spelling} {show(name)}", _check_name, name, None)
+        return name
 
     def _client(self, settings: Settings, *, operators_server: bool) -> tuple[str, str]:
         """The client's certificate and its key."""

@@ -14,6 +14,7 @@ from provider.spc.findings import Refused
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Far more than any request takes, and few enough to be nothing in memory.
 _MAX_QUERY_FIELDS: Final = 1000
+_DOTS: Final = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\;])")
 _HEX: Final = frozenset("0123456789abcdefABCDEF")
 
 
@@ -86,10 +87,13 @@ def auth_mount(text: str) -> str:
 
 
 def refuse_dots(path: str) -> None:
-    """Raise Refused if an element of ``path`` is ``.`` or ``..``, as it stands or percent-decoded."""
+    """Raise Refused if an element of ``path`` is ``.`` or ``..``, as it stands or percent-decoded, to whoever reads it.
+
+    Some servers take a backslash for a slash, and what follows a semicolon in an element for no part of its name.
+    """
     if "." not in path and "%" not in path:
         return
-    if not {".", ".."}.isdisjoint([*path.split("/"), *_decoded(path).split("/")]):
+    if _DOTS.search(path) or _DOTS.search(_decoded(path)):
         raise Refused("has an element . or ..", "write the path that is meant, without dots")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import ssl
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from provider.errors import VaultUnavailable
@@ -16,6 +16,10 @@ from provider.settings import MIB, TlsSettings
 
 # The public authorities of the world come to a quarter of this.
 MAX_PEM_BYTES: Final = MIB
+# A directory of certificates: the system's has some 300 files, which come to 1 MiB. A class names it, and each file is
+# opened by a thread that others need.
+MAX_CA_FILES: Final = 1000
+MAX_CA_BYTES: Final = 4 * MIB
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 
@@ -28,7 +32,8 @@ def fingerprint(tls: TlsSettings) -> Fingerprint:
     paths = [path for path in (tls.ca_cert, tls.client_cert, tls.client_key) if path]
     if tls.ca_directory:
         paths.append(tls.ca_directory)
-        paths += _files_in(tls.ca_directory)
+        with contextlib.suppress(_TooMany):  # which is told when they are to be read
+            paths += _files_in(tls.ca_directory)
     marks = []
     for path in paths:
         try:
@@ -75,14 +80,21 @@ def _with_cas(tls: TlsSettings) -> ssl.SSLContext:
         with _copy_of(tls.ca_cert, tls.ca_root) as copy:
             context.load_verify_locations(cafile=copy)
         return context  # as Vault's own clients: the file wins over the directory
-    found = False
+    found, left = False, MAX_CA_BYTES
     for path in _files_in(tls.ca_directory):
+        taken = MAX_PEM_BYTES
         try:
             with _copy_of(path, tls.ca_root) as copy:
+                taken = os.stat(copy).st_size
                 context.load_verify_locations(cafile=copy)
             found = True
-        except (ssl.SSLError, _NotPem):
-            continue  # a README or a CRL among the certificates
+        except ssl.SSLError:
+            pass  # a README or a CRL among the certificates
+        except _NotPem:
+            pass  # too large, or no file at all
+        left -= taken
+        if left < 0:
+            raise ValueError(f"its files come to more than {MAX_CA_BYTES // MIB} MiB")
     if not found:
         raise ValueError("no PEM certificate in the directory")
     return context
@@ -90,6 +102,10 @@ def _with_cas(tls: TlsSettings) -> ssl.SSLContext:
 
 class _NotPem(ValueError):
     """What a path names cannot be a PEM file, whatever it holds."""
+
+
+class _TooMany(ValueError):
+    """A directory of more than MAX_CA_FILES entries."""
 
 
 class _Outside(ValueError):
@@ -134,8 +150,13 @@ def _check_within(root: str, opened: int) -> None:
 
 
 def _files_in(directory: str) -> list[str]:
+    """The files of a directory, in order; none where it cannot be read. Raises _TooMany."""
     try:
-        return sorted(str(path) for path in Path(directory).iterdir() if path.is_file())
+        with os.scandir(directory) as entries:
+            found = list(itertools.islice(entries, MAX_CA_FILES + 1))
+            if len(found) > MAX_CA_FILES:
+                raise _TooMany(f"it has more than {MAX_CA_FILES} files")
+            return sorted(entry.path for entry in found if entry.is_file())
     except OSError:
         return []
 
