@@ -8,6 +8,7 @@ import gc
 import os
 import socket
 import ssl
+import threading
 import traceback
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 import uvloop
 
 from provider.http import (
+    Allowance,
     ConnectFailed,
     ExchangeBroken,
     HttpFailure,
@@ -548,6 +550,13 @@ class TestWays:
         """The scheme's own port is not told."""
         assert Origin("v", port, ssl.create_default_context() if tls else None).authority == sent
 
+    @pytest.mark.parametrize("name", ["a" * 300, ".".join(["a" * 60] * 6)])
+    async def test_name_that_no_certificate_can_be_for(self, name: str, client_tls: ssl.SSLContext) -> None:
+        """A name that TLS cannot send is a failure of TLS, before anything is sent."""
+        for origin in ({"server_name": name}, {"host": name}):
+            with pytest.raises(TlsFailed, match=r"no certificate can be for its name"):
+                await get(pool_of(1, tls=client_tls, **origin))
+
     @pytest.mark.parametrize("host", ["é..b", "a..b", "x" * 64, "é" * 70])
     async def test_host_that_is_no_name(self, host: str) -> None:
         """What no resolver can be asked for is told as a failure to look it up."""
@@ -744,6 +753,150 @@ class TestSending:
                 assert refused() is None
             finally:
                 gc.enable()
+
+
+@both_loops
+class TestAllowance:
+    """Several pools that have so many connections together."""
+
+    async def test_what_rests_makes_room(self) -> None:
+        """A connection too many closes the one that has rested for longest, in whichever pool, and no other."""
+        async with answering() as first, answering() as second:
+            allowance = Allowance(3)
+            one, other = (pool_of(server.port, limit=3, allowance=allowance) for server in (first, second))
+            await asyncio.gather(*(get(one) for _ in range(3)))
+            await asyncio.gather(*(get(other) for _ in range(2)))
+            assert (first.accepted, second.accepted, allowance.spare) == (3, 2, 0)
+            await settle()
+            assert allowance.spare == 0
+            await get(one)
+            await get(other)
+            assert (first.accepted, second.accepted) == (3, 2)  # one of each is there still
+            await asyncio.gather(*(get(one) for _ in range(3)))
+            assert first.accepted == 5
+            one.close()
+            other.close()
+            await settle()
+            assert allowance.spare == 3
+
+    async def test_none_is_opened_ahead_beyond_it(self) -> None:
+        """What is expected is no reason to close what rests, nor to have more than there may be."""
+        async with answering() as server:
+            allowance = Allowance(4)
+            pool = pool_of(server.port, limit=64, allowance=allowance)
+            pool.expect(50)
+            await get(pool)
+            await settle()
+            assert server.accepted == 4
+            assert allowance.spare == 0
+            pool.close()
+            await settle()
+
+
+class Resolver:
+    """A system's resolver that a test holds up: names that begin with ``hang`` are answered when it says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.go_on = threading.Event()
+        self.hangs = "hang"
+        monkeypatch.setattr(socket, "getaddrinfo", self._ask)
+
+    def _ask(self, host: str, *_: object, **__: object) -> list[Any]:
+        self.asked.append(host)
+        if host.startswith(self.hangs):
+            self.go_on.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "no name server")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{number}", 0)) for number in range(1, 101)]
+
+
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolver]:
+    opened = Resolver(monkeypatch)
+    yield opened
+    opened.go_on.set()
+
+
+class TestNames:
+    async def test_own_names_wait_for_nobody(self, resolver: Resolver) -> None:
+        """While names that hang take every place, a name of the operator's is found, one that was never found too."""
+        names = Lookups(["vault.test"])
+        hung = [asyncio.create_task(names.find(f"hang-{number}", 1)) for number in range(100)]
+        await settle()
+        assert len(resolver.asked) == lookups.MAX_LOOKUPS == 32
+        async with asyncio.timeout(4):
+            assert (await names.find("vault.test", 8200))[0][4] == ("127.0.0.1", 8200)
+            names.own("proxy.test")
+            await names.find("proxy.test", 1)
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+
+    async def test_nobody_waits_behind_who_has_left(self, resolver: Resolver) -> None:
+        """Names whose askers have gone are not asked for: who comes later has the first place that is free."""
+        names = Lookups()
+        hung = [asyncio.create_task(names.find(f"hang-{number}", 1)) for number in range(200)]
+        await settle()
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+        later = asyncio.create_task(names.find("vault.test", 1))
+        again = asyncio.create_task(names.find("hang-150", 1))  # its asker is a new one
+        await settle()
+        resolver.go_on.set()
+        await later
+        with pytest.raises(socket.gaierror, match="no name server"):
+            await again
+        assert len(resolver.asked) == 32 + 2
+
+    async def test_those_that_wait_are_bounded(self, resolver: Resolver) -> None:
+        """Past 512 names another is refused at once, unless it is the operator's or was found before."""
+        names = Lookups(["vault.test"])
+        await names.find("known.test", 1)
+        hung = [asyncio.create_task(names.find(f"hang-{number}", 1)) for number in range(lookups.MAX_ASKED)]
+        await settle()
+        with pytest.raises(socket.gaierror, match="too many other names"):
+            await names.find("other.test", 1)
+        for host in ("vault.test", "known.test"):
+            await names.find(host, 1)
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+
+    async def test_stale_addresses_serve_while_news_hangs(
+        self, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A name that was found keeps its addresses while asking anew hangs, for a while, and only the first waits."""
+        monkeypatch.setattr(lookups, "KEPT_SECONDS", 0.0)
+        monkeypatch.setattr(lookups, "LOOKUP_SECONDS", 0.3)
+        monkeypatch.setattr(lookups, "REFRESH_SECONDS", 0.2)
+        names = Lookups()
+        await names.find("vault.test", 1)
+        resolver.hangs = "vault"
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for _ in range(50):
+            assert (await names.find("vault.test", 1))[0][4] == ("127.0.0.1", 1)
+        assert loop.time() - began < 5  # and not fifty times 0.2 s
+        assert resolver.asked == ["vault.test"] * 2
+        monkeypatch.setattr(lookups, "STALE_SECONDS", 0.0)
+        with pytest.raises(socket.gaierror, match="no answer in"):
+            await names.find("vault.test", 1)
+
+    async def test_own_names_are_not_forgotten_for_others(
+        self, resolver: Resolver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many names classes make up, one of the operator's is not asked for again because of them."""
+        monkeypatch.setattr(lookups, "MAX_NAMES", 3)
+        names = Lookups(["vault.test"])
+        for host in ("vault.test", "a", "b", "c", "d", "vault.test", "b", "a"):
+            await names.find(host, 1)
+        assert resolver.asked == ["vault.test", "a", "b", "c", "d", "a"]
+
+    async def test_addresses_of_a_name_are_bounded(self, resolver: Resolver) -> None:
+        """Of a name with a hundred addresses the first eight are used: each may be a socket."""
+        found = await Lookups().find("many.test", 1)
+        assert [place[0] for *_, place in found] == [f"127.0.0.{number}" for number in range(1, 9)]
 
 
 async def failing(pool: Pool) -> weakref.ref[HttpFailure]:

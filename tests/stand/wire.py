@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pytest
 import uvloop
 
-from provider.http import Lookups, Origin, Pool, Response
+from provider.http import Allowance, Lookups, Origin, Pool, Response
 from tests.stand.pki import Authority
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -157,8 +157,17 @@ async def answering(
         yield running
 
 
-def pool_of(port: int, *, limit: int = 1, host: str = "127.0.0.1", seconds: float = 10, **origin: Any) -> Pool:
-    return Pool(Origin(host, port, **origin), lookups=Lookups(), limit=limit, connect_seconds=seconds)
+def pool_of(
+    port: int,
+    *,
+    limit: int = 1,
+    host: str = "127.0.0.1",
+    seconds: float = 10,
+    allowance: Allowance | None = None,
+    **origin: Any,
+) -> Pool:
+    server = Origin(host, port, **origin)
+    return Pool(server, lookups=Lookups(), limit=limit, connect_seconds=seconds, allowance=allowance)
 
 
 async def get(pool: Pool, path: str = "/x", *, limit: int = 1_000_000) -> Response:
