@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -19,9 +20,10 @@ from typing import Any
 
 import pytest
 
+from provider.cli import parts
 from provider.clock import SystemClock
 from provider.errors import LoginDenied, VaultUnavailable
-from provider.settings import MIB, TlsSettings
+from provider.settings import MIB, Settings, TlsSettings
 from provider.spc import Login, MountSpec, Pod, SecretRequest, VaultServer
 from provider.telemetry import audit, lines
 from provider.telemetry.audit import Audit, AuditFile
@@ -371,6 +373,24 @@ def test_gap_before_the_end_is_told(listener: Listener) -> None:
     listener.audit.end()
     (told,) = map(json.loads, listener.texts)
     assert (told["event"], told["lines"]) == ("lost", 3)
+
+
+def test_daemon_that_ends_tells_its_gap() -> None:
+    """As the daemon's parts end, lines that found no room are counted in a line that has its place in spite of that."""
+    written: list[bytes] = []
+    stderr = LineWriter("stderr", written.extend, capacity=2)
+
+    async def live() -> None:
+        settings = Settings(audit_log="stderr", kubeconfig="/none", metrics_addr="off")
+        async with parts.build(settings, stderr=stderr) as built:
+            for _ in range(5):
+                built.telemetry.record(Revocation(WHO, "a", Revoking.REVOKED, "pod gone", "", 0.1))
+
+    asyncio.run(live())
+    stderr.start()
+    assert stderr.close()
+    told = [(line["event"], line.get("lines")) for line in map(json.loads, written)]
+    assert told == [("start", None), ("revocation", None), ("lost", 4)]
 
 
 def test_page_has_the_limits() -> None:

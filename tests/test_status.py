@@ -470,6 +470,7 @@ def test_daemon_tells_its_leases_and_its_errors(tmp_path: Path) -> None:
                 caller.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert b"403" in caller.recv(100)
     assert (failed["code"], failed["failing"]) == ("FAILED_PRECONDITION", True)
+    assert text.splitlines()[1].startswith("1 volume is failing")
     assert re.search(r"shop/seen +secrets +FAILED_PRECONDITION +1 +\d+s ago +failing", text)
     assert failed["message"][:100] in text
     assert [canary for canary in canaries if canary in done.stdout + text] == []
