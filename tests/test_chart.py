@@ -257,6 +257,13 @@ def kubernetes_own(manifests: Iterable[Manifest]) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] not in OPERATOR_KINDS]
 
 
+def assert_all_valid(manifests: Iterable[Manifest], version: str) -> None:
+    """Each object fits the schemas of what it is of: a Kubernetes version's, or the Prometheus operator's."""
+    manifests = list(manifests)
+    assert_valid(kubernetes_own(manifests), version)
+    assert_operator_valid(manifests)
+
+
 def normal(manifests: Iterable[Manifest]) -> dict[tuple[str, str], Manifest]:
     """The objects by kind and name, without what only helm writes, and lists whose order means nothing sorted."""
     helms = {"helm.sh/chart", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "app.kubernetes.io/version"}
@@ -321,8 +328,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[M
 def test_every_choice_of_values_is_valid(rendered: Callable[[str], list[Manifest]], case: str, version: str) -> None:
     """Whatever the values, the objects fit a Kubernetes version's schemas, none unknown, and refer to what is there."""
     manifests = rendered(case)
-    assert_valid(kubernetes_own(manifests), version)
-    assert_operator_valid(manifests)
+    assert_all_valid(manifests, version)
     named = [*with_namespace(manifests)]
     if case == "an account that is there":
         named.append({"kind": "ServiceAccount", "metadata": {"name": "there", "namespace": NAME}})
@@ -464,7 +470,8 @@ def test_every_value_says_what_it_is_for() -> None:
         ),
         ({"volumes": [{"name": "state", "emptyDir": {}}]}, "volumes: state"),
         ({"fullnameOverride": "My Name"}, "/fullnameOverride"),
-        ({"fullnameOverride": "1st", "monitors": {"serviceMonitor": {"enabled": True}}}, "begins with a letter"),
+        ({"fullnameOverride": "1st", "monitors": {"serviceMonitor": {"enabled": True}}}, "a Service's name"),
+        ({"nameOverride": "a.b"}, "/nameOverride"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, values: dict[str, Any], said: str) -> None:
@@ -745,8 +752,7 @@ def test_names_stay_names(tmp_path: Path, name: str) -> None:
     }
     for values in (every, {**every, "vaultCA": {"secret": name}}):
         manifests = template(tmp_path, values, release=name, namespace=name)
-        assert_valid(kubernetes_own(manifests), KUBERNETES[-1])
-        assert_operator_valid(manifests)
+        assert_all_valid(manifests, KUBERNETES[-1])
         assert_sound(with_namespace(manifests, name))
         understood = settings(manifests)
         assert (understood.vault_namespace, understood.vault_mount, understood.hmac_secret_name) == (name,) * 3
@@ -817,6 +823,17 @@ ODD: dict[str, tuple[list[Any], list[Any]]] = {
         [
             *("https://vault:0", "https://vault:65536", "https://user:word@vault", "https://vault?x=1"),
             *("https://vault#x", "https://[vault]", "https://:8200", "unix://run/x.sock", "unix:///run/x.sock?x"),
+        ],
+    ),
+    "allowedVaultAddresses": (
+        [
+            *(["*"], ["*.example.com", "vault", "Vault.example.com:8200"], ["10.0.0.1:8200", "[2001:db8::1]:443"]),
+            *(["https://vault.example.com:*/a/b.c/", "http://*", "unix:///run/a/vault.sock"],),
+        ],
+        [
+            *([""], ["a,b"], ["a b"], ["vault/path"], ["https://vault/a/../b"], ["https://vault/%41"], ["10.0.0.256"]),
+            *(["127.1"], ["vault:0"], ["vault:65536"], ["ftp://vault"], ["https://vault?x"], ["-vault"], ["v*"]),
+            *(["unix://run/x"], ["unix:///run/../x"], ["https://user@vault"], ["0x7f.1"]),
         ],
     ),
     "tlsRoot": (["/", "/tls", "/tls/", "/..tls/.x/..."], ["tls", "/tls/..", "/../tls", "/tls/../x"]),
@@ -916,7 +933,7 @@ def test_an_empty_list_opens_nothing(tmp_path: Path, path: tuple[str, ...], empt
         return
     values = {"networkPolicy": {"enabled": True, path[-1]: empty}}
     manifests = template(tmp_path, values)
-    assert_valid(kubernetes_own(manifests), KUBERNETES[-1])
+    assert_all_valid(manifests, KUBERNETES[-1])
     rules = [*policy(manifests)["egress"], *policy(manifests)["ingress"]]
     assert all(rule["ports"] for rule in rules)
     api = set() if path[-1] == "apiServerPorts" else API
