@@ -285,9 +285,12 @@ CASES: dict[str, list[Fires | Quiet]] = {
             {AWAY: flat(0, 30), SEALED: line(flat(0, 10), flat(1, 20)), ANSWERED: grow(0, 100, 30)},
         ),
         Quiet(
-            "one node after the other gets some",
-            {of_node(SEALED, number): line(flat(0, number), flat(100, 30 - number)) for number in range(1, 21)}
-            | {of_node(AWAY, number): line(flat(0, number), "1", flat(0, 30)) for number in range(1, 21)},
+            "one node after the other gets some, for half a minute",
+            {
+                of_node(SEALED, number): line(flat(0, number / 2 + 1), flat(100, 30 - number / 2))
+                for number in range(1, 21)
+            }
+            | {of_node(AWAY, number): line(flat(0, number / 2 + 1), "1", flat(0, 30)) for number in range(1, 21)},
         ),
         Quiet(
             "it does not answer at all",
@@ -434,6 +437,10 @@ CASES: dict[str, list[Fires | Quiet]] = {
         Quiet(
             "one was not answered, and then was",
             {UNREVOKED: line(flat(0, 10), flat(1, 40)), REVOKED: line(flat(0, 11), flat(1, 39))},
+        ),
+        Quiet(
+            "every few minutes one is not answered, and is at the next try",
+            {UNREVOKED: line(*(flat(count, 3) for count in range(20))), REVOKED: grow(0, 5, HOUR)},
         ),
         Quiet("those of batch tokens", {told("vault_csi_revocations_total", outcome="batch"): grow(0, 1, 40)}),
         Quiet("refused long ago", {REFUSED: flat(3, 40)}),
