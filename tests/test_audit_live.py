@@ -316,6 +316,28 @@ def test_mounts_go_on_while_it_cannot_be_written(cluster: Cluster, tmp_path: Pat
     assert sum(message.startswith("the audit log cannot be written") for message in said) == 1
 
 
+def test_daemon_that_ends_in_an_outage_says_what_is_lost(cluster: Cluster, tmp_path: Path) -> None:
+    """With its directory gone until the end, the log counts the lines; the next daemon goes on after a torn one."""
+    cluster.role("ended")
+    directory = tmp_path / "audit"
+    directory.mkdir()
+    path = directory / "audit.log"
+    with Audited(cluster, path) as audited:
+        audited.await_lines("start")
+        shutil.rmtree(directory)
+        cluster.mount(audited.driver, cluster.pod("ended"), class_of("ended", *STATIC))
+        eventually(lambda: audited.daemon.said("the audit log cannot be written"), "the outage is told")
+        audited.daemon.terminate()
+        (lost,) = [event for event in audited.daemon.events() if event["message"].startswith("the daemon ends, and")]
+    assert lost["lines"] == 2  # of the login and of the mount
+    directory.mkdir()
+    path.write_text('{"event":"remount","torn')
+    with Audited(cluster, path):
+        eventually(lambda: "start" in path.read_text(), "the next one writes")
+    torn, start = path.read_text().splitlines()
+    assert (torn, json.loads(start)["event"]) == ('{"event":"remount","torn', "start")
+
+
 class Quiet(Daemon):
     """A daemon whose log need not say when it serves mounts: its socket is there from then on."""
 
