@@ -154,6 +154,16 @@ def test_credentials_are_masked_wherever_they_stand() -> None:
     assert told.text.count("***") == 5
 
 
+def test_fields_are_bounded() -> None:
+    """A message, a detail and the text of an exception are told as far as 4,096 characters, with an ellipsis."""
+    with log() as told:
+        LOGGER.info("m" * 5000, extra={"role": "r" * 5000, "object": ["o" * 5000]}, exc_info=AccessDenied("e" * 5000))
+    event = told.event
+    for text in (event["message"], event["role"], event["object"], event["exception"][0]["message"]):
+        assert len(text) == 4096
+        assert text.endswith("…")
+
+
 def test_text_from_elsewhere_starts_no_line() -> None:
     """Line breaks and terminal controls in a message or a detail are escaped, so an event stays one line."""
     with log(style="text") as told:
