@@ -111,6 +111,24 @@ def test_every_spelling_of_the_address_is_judged(spelling: str) -> None:
     assert "--allowed-vault-addresses" in refusal(HARDENED, **{spelling: "https://tenant.example"})
 
 
+@pytest.mark.parametrize("path", ["..;/..;/vault-b/v1/secret/data/x", "..%5c..%5cvault-b/x", "a/..;x=1/..;/b"])
+def test_a_secret_path_does_not_lead_out_of_an_allowed_path(path: str) -> None:
+    """What is asked for below an address that ends in a path stays below it, whatever a gateway makes of dots."""
+    settings = Settings(hardened=True, vault_addr="https://gw.example/vault-a")
+    assert "has an element . or .." in refusal(settings, f"- {{objectName: a, secretPath: '{path}'}}")
+
+
+@pytest.mark.parametrize("name", ["a" * 64, ".".join(["a" * 60] * 5), "a" * 300])
+def test_a_name_that_dns_does_not_have_is_refused(name: str) -> None:
+    """A host, and whom its certificate is for, have 253 characters at most, and 63 between dots."""
+    assert "vaultAddress" in (told := refusal(Settings(), vaultAddress=f"https://{name}:8200"))
+    assert "63 between dots" in told
+    assert "vaultTLSServerName" in (told := refusal(Settings(), vaultTLSServerName=name))
+    assert "63 between dots" in told
+    longest = ".".join(["a" * 63] * 3 + ["a" * 61])
+    mount(Settings(), vaultAddress=f"https://{longest}:8200", vaultTLSServerName=longest)
+
+
 def test_the_operators_client_certificate_goes_to_the_operators_servers() -> None:
     """With a list it goes to the daemon's own address and to URLs of the list, never to what a pattern matches."""
     settings = dataclasses.replace(

@@ -84,6 +84,27 @@ def test_crash_of_the_daemon_dumps_no_core(tmp_path: Path) -> None:
     assert crash.limit == (highest, highest)
 
 
+def test_daemon_may_open_as_many_files_as_it_is_let(tmp_path: Path) -> None:
+    """The daemon takes the hard limit of open files for its own, whatever it was started with."""
+    argv = [sys.executable, "-m", "tests.daemon", f"--endpoint={tmp_path}/vault.sock", "--health-addr="]
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        daemon = subprocess.Popen(
+            argv,
+            env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 900)),
+        )
+    try:
+        eventually(lambda: "mounts are served" in log.read_text(), "the daemon serves")
+        assert resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE) == (900, 900)
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
 async def test_worker_of_templates_dumps_no_core() -> None:
     """The process that runs programs out of classes has the limit too, and nothing loaded that calls the kernel."""
     sandbox = Sandbox()

@@ -161,12 +161,30 @@ def test_a_control_character_in_a_secret_path_is_refused(text: str) -> None:
         "a%2f..%2fb",
         "a%2F%2e%2e%2Fb",
         "a%252f%252e",
+        "a/..;/b",
+        "a/..;x=1/b",
+        "..;",
+        "a/.;/b",
+        "a/..%3b/b",
+        "a/%2e%2e%253bx",
+        "a\\..\\b",
+        "a/..%5cb",
+        "a%5c%2e%2e/b",
     ],
 )
 def test_dots_are_refused_however_they_are_spelled(path: str) -> None:
-    """As they stand, and percent-encoded once or more, with encoded slashes too."""
+    """As they stand, and percent-encoded once or more, with encoded slashes too, or what some servers take for those.
+
+    What follows a semicolon is a parameter of the element to some, and no part of its name.
+    """
     with pytest.raises(Refused, match=r"element \. or \.\."):
         secret_path(path)
+
+
+@pytest.mark.parametrize("path", ["a;b", "a;..", "a/..b;/c", "..a/b", "a%3bb", "a\\b", "a/...;/b"])
+def test_what_only_looks_like_dots_is_not_refused(path: str) -> None:
+    """A semicolon, a backslash and dots within a name are no way to another path."""
+    assert secret_path(path) == (path, ())
 
 
 @given(st.lists(st.sampled_from([*"%./a25eEfF", "%2e", "%25", "%2f", "%32", "%65"]), max_size=12).map("".join))

@@ -26,7 +26,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class VaultServer:
-    """*Where*: a Vault to talk to. Equal values share one pool of connections.
+    """*Where*: a Vault to talk to, in one of its namespaces.
 
     ``address`` is an ``http://``, ``https://`` or ``unix://`` URL without a trailing slash.
     """
