@@ -449,14 +449,14 @@ def test_file_is_the_daemons_alone_and_grows(tmp_path: Path) -> None:
 
 
 def test_two_daemons_write_one_file(tmp_path: Path) -> None:
-    """In a rolling update two daemons have the file open: lines of both are whole."""
+    """In a rolling update two daemons have the file open: lines of both are whole, and none is empty."""
     path = tmp_path / "audit.log"
     with kept(path) as one, kept(path) as other:
-        for number in range(200):
+        for number in range(1500):
             assert one.file.put(f"one-{number}-{'x' * 3000}-end")
             assert other.file.put(f"other-{number}-{'y' * 3000}-end")
     lines = path.read_text().splitlines()
-    assert len(lines) == 400
+    assert len(lines) == 3000
     assert all(re.fullmatch(r"(one|other)-\d+-(x{3000}|y{3000})-end", line) for line in lines)
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol, TypeVar
@@ -52,6 +53,8 @@ RETRY_SECONDS: Final = 1.0
 # Seconds that a file which is gone has to come back: logrotate moves it away before it creates the next one, and would
 # take one that is there already out of its way.
 CREATE_SECONDS: Final = 0.5
+# Seconds after which a line that has not grown is no longer being written: a write copies megabytes in milliseconds.
+SETTLE_SECONDS: Final = 0.05
 
 OK: Final = "ok"
 REFUSED: Final = "refused"
@@ -332,10 +335,15 @@ class AuditFile:
         """Whether the file ends within a line.
 
         That is asked of the file each time: a full disk, a kill or a power loss may have ended another daemon's line,
-        and logrotate may have emptied the file since.
+        and logrotate may have emptied the file since. A line that another daemon is writing just now is none of these.
         """
-        size = os.fstat(self._descriptor).st_size
-        return size > 0 and os.pread(self._descriptor, 1, size - 1) not in (b"\n", b"")
+        size = 0
+        while (now := os.fstat(self._descriptor).st_size) != size:
+            if now == 0 or os.pread(self._descriptor, 1, now - 1) in (b"\n", b""):
+                return False
+            size = now
+            time.sleep(SETTLE_SECONDS)
+        return size > 0
 
     def _fails(self, reason: str) -> None:
         with self._changing:
