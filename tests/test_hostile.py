@@ -7,10 +7,11 @@ Each input goes through the driver's socket and the real parts. `FUZZ_EXAMPLES` 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ from tests.test_spc_properties import anything, json_text, legal_attributes, yam
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 # What all of them together may add to the process; each is answered within limits of its own.
 MEMORY_BYTES = 512 * MIB
+# What one mount may add, of the daemon and of the Vault that is in the same process.
+MOUNT_BYTES = 200 * MIB
 
 within = settings(max_examples=EXAMPLES)
 
@@ -51,8 +54,29 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
     print(f"\ninputs tried: {sum(tried.values())}, of these {dict(tried)}")
 
 
+def _resident(name: str) -> int:
+    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at most."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+_peaks: list[int] = []
+
+
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    _peaks.append(_resident("VmHWM"))
+    return max(_peaks)
+
+
+@contextlib.contextmanager
+def hostile_memory(most: int) -> Iterator[None]:
+    """Assert that what is done inside takes no more memory than that, at any time, over what was in use."""
+    _peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use now; see proc(5)
+    before = _resident("VmHWM")
+    yield
+    grown = _resident("VmHWM") - before
+    assert grown < most, f"{grown // MIB} MiB"
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +232,138 @@ def test_vaults_answers(hostile: Hostile, login: Answer, engine: Answer, read: A
 
     hostile.vault.reply = reply
     judge(hostile.mount("Vault's answers", "- {objectName: a, secretPath: secret/data/x, secretKey: password}"))
+
+
+# --- answers that are large or deep, to classes of many objects -------------------------------------------
+
+FORMS = (
+    "secretKey: password",
+    "encoding: utf-8",
+    "format: yaml",
+    "secretKey: '*'",
+    "template: '{{ secret | json }}'",
+    "jmesPath: data.password",
+)
+LARGE = 300_000
+"""Bytes over which an answer is read in a thread, where there is more room on the stack."""
+
+LOGIN, ENGINE, READ = "login", "engine", "read"
+_AUTH = {"client_token": TOKEN, "accessor": "a", "lease_duration": 3600, "renewable": True, "policies": ["default"]}
+_MOUNT = {"path": "secret/", "type": "kv", "options": {"version": "2"}}
+_HERE = "nested here"
+
+
+def _with(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**fields, name: _HERE}
+
+
+NESTED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{
+        f"auth.{name}": (LOGIN, 200, {"auth": _with(_AUTH, name)})
+        for name in (*_AUTH, "token_policies", "entity_id", "token_type", "num_uses", "metadata")
+    },
+    "auth of a refusal": (LOGIN, 400, {"errors": [_HERE]}),
+    "policy": (LOGIN, 200, {"auth": {**_AUTH, "token_policies": [_HERE], "policies": [_HERE]}}),
+    **{f"mount.{name}": (ENGINE, 200, {"data": _with(_MOUNT, name)}) for name in _MOUNT},
+    "version of the mount": (ENGINE, 200, {"data": {**_MOUNT, "options": {"version": _HERE}}}),
+    **{
+        name: (READ, 200, _with({"data": {"data": {"password": "x"}}}, name))
+        for name in ("request_id", "lease_id", "lease_duration", "renewable", "wrap_info", "data", "auth", "metadata")
+    },
+    "version": (READ, 200, {"data": {"data": {"password": "x"}, "metadata": {"version": _HERE}}}),
+    "value": (READ, 200, {"data": {"data": {"password": _HERE}}}),
+    **{f"errors of {status}": (READ, status, {"errors": [_HERE]}) for status in (400, 403, 404)},
+    "warnings": (READ, 404, {"warnings": [_HERE, "x"], "errors": []}),
+    "errors that are none": (READ, 400, {"errors": _HERE}),
+}
+"""Where nested JSON stands in for what should be a text, a number or a list: the request, the status, and the body."""
+
+
+@pytest.mark.parametrize("padding", [0, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("place", NESTED)
+def test_deep_answers(hostile: Hostile, place: str, padding: int) -> None:
+    """JSON nested about as deep as can be read at all, wherever Vault has a field: whoever reads on has less room."""
+    request, status, body = NESTED[place]
+    envelope = json.dumps({**body, "padding": "x" * padding})
+    objects = "\n".join(
+        f"- {{objectName: {name}, secretPath: secret/data/x, {form}}}"
+        for name, form in zip("abcdef", FORMS if place in ("value", "data") else FORMS[:1], strict=False)
+    )
+    usual = hostile.vault.reply
+    for depth in range(900, 1000, 4 if len(objects) < 100 else 20):
+        opening, closing = (b"[", b"]") if depth % 8 else (b'{"a":', b"}")
+        nested = opening * depth + b"1" + closing * depth
+        answer = Answer(status, envelope.encode().replace(json.dumps(_HERE).encode(), nested))
+
+        def reply(arrival: Any, answer: Answer = answer) -> Answer:
+            path = arrival.path.removeprefix("/v1/")
+            asked = LOGIN if path.endswith("/login") else ENGINE if path.startswith("sys/internal") else READ
+            return answer if asked == request else usual(arrival)
+
+        hostile.vault.reply = reply
+        judge(hostile.mount("Vault's answers", objects))
+
+
+PARTS = ['{"":1}', "[[]]", "[]", '""', "1", "-1e9", '"\\u0000"', '{"a":{"b":null}}', '"' + "é" * 50 + '"']
+
+
+@settings(within, max_examples=max(1, EXAMPLES // 10))
+@given(
+    part=st.sampled_from(PARTS),
+    size=st.sampled_from([1_000, 30_000, 33_000, 250_000, 262_143, 262_145, 400_000, 2_000_000]),
+    objects=st.integers(1, 100),
+    form=st.sampled_from(FORMS),
+    status=st.sampled_from([200, 200, 200, 400, 403, 404]),
+)
+@example(part='{"":1}', size=250_000, objects=100, form=FORMS[0], status=200)
+@example(part="[[]]", size=250_000, objects=100, form=FORMS[1], status=200)
+@example(part='{"":1}', size=2_000_000, objects=12, form=FORMS[0], status=200)
+def test_many_large_answers(hostile: Hostile, part: str, size: int, objects: int, form: str, status: int) -> None:
+    """Classes of up to 100 objects, each of which is answered with up to 2 MB of many parts: 25 MB in a mount."""
+    bulk = ",".join([part] * (size // (len(part) + 1)))
+    fields = {"errors": "BULK"} if status >= 400 else {"data": {"data": {"password": "x", "bulk": "BULK"}}}
+    body = json.dumps(fields).replace('"BULK"', f"[{bulk}]").encode()
+    usual = hostile.vault.reply
+    hostile.vault.reply = lambda arrival: (
+        Answer(status, body) if arrival.path.startswith("/v1/secret/") else usual(arrival)
+    )
+    many = max(1, min(objects, 25_000_000 // size))
+    with hostile_memory(MOUNT_BYTES):
+        judge(
+            hostile.mount(
+                "Vault's answers",
+                "\n".join(f"- {{objectName: a{n}, secretPath: 'secret/data/x?n={n}', {form}}}" for n in range(many)),
+            )
+        )
+
+
+def test_words_of_vault_are_cut(hostile: Hostile) -> None:
+    """An error repeats 400 characters of what Vault says."""
+    usual = hostile.vault.reply
+    words = Answer(400, {"errors": ["~" * 300, "~" * 300]})
+    hostile.vault.reply = lambda arrival: words if arrival.path.startswith("/v1/secret/") else usual(arrival)
+    assert 390 <= judge(hostile.mount("Vault's answers")).message.count("~") <= 400
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_keys_that_become_files_are_bounded(hostile: Hostile, more: int) -> None:
+    """A secret of 10,000 keys is as many files, and one more is none."""
+    data = {f"k{number}": "" for number in range(10_000 + more)}
+    usual = hostile.vault.reply
+    hostile.vault.reply = lambda arrival: (
+        secret({"data": data, "metadata": {"version": 1}}) if arrival.path.startswith("/v1/secret/") else usual(arrival)
+    )
+    ended = judge(hostile.mount("Vault's answers", "- {objectName: a, secretPath: secret/data/x, secretKey: '*'}"))
+    assert len(ended.files) == (0 if more else 10_000)
+    assert ("more than 10000 keys" in ended.message) is bool(more)
+
+
+@pytest.mark.parametrize(("padding", "code"), [(1000, "OK"), (MIB, "FAILED_PRECONDITION")])
+def test_an_answer_of_kubernetes_is_bounded(hostile: Hostile, padding: int, code: str) -> None:
+    """A token that comes with more than a MiB is none."""
+    body = {"kind": "TokenRequest", "status": {"token": JWT}, "padding": "x" * padding}
+    hostile.kube.reply = lambda arrival: Answer(201, body)
+    assert judge(hostile.mount("Kubernetes' answers")).code == code
 
 
 kube_bodies = bodies | st.fixed_dictionaries(

@@ -15,7 +15,9 @@ from tests.tools import ROOT
 
 PAGE = (ROOT / "docs" / "security.md").read_text()
 LINKED = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", PAGE)
-LIMITS = re.findall(r"^\| (.+) \| (.+) \| `(provider\.[\w.]+)` \|$", PAGE, re.MULTILINE)
+LINK = r"\[test_\w+\]\(\.\./tests/\w+\.py\)"
+# What is limited, the limit, its name, and where it is reached.
+LIMITS = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `(provider\.[\w.]+)` \|(.*)$", PAGE, re.MULTILINE)
 
 
 def section(heading: str) -> str:
@@ -57,19 +59,20 @@ def test_every_claim_links_a_test(adversary: str) -> None:
         claim, since, by = (cell.strip() for cell in row.strip("|").split("|"))
         assert claim
         assert since
-        assert re.search(r"\[test_\w+\]\(\.\./tests/\w+\.py\)", by), claim
+        assert re.search(LINK, by), claim
 
 
-@pytest.mark.parametrize(("what", "value", "name"), LIMITS, ids=[name for _, _, name in LIMITS])
-def test_every_limit_is_the_codes(what: str, value: str, name: str) -> None:
-    """Each limit of the page is a constant of that name and value."""
+@pytest.mark.parametrize(("what", "value", "name", "reached"), LIMITS, ids=[name for _, _, name, _ in LIMITS])
+def test_every_limit_is_the_codes(what: str, value: str, name: str, reached: str) -> None:
+    """Each limit of the page is a constant of that name and value, and a test that comes to it is linked."""
+    assert re.fullmatch(rf" {LINK}(, {LINK})* \|", reached), what
     module, _, constant = name.rpartition(".")
     assert value == shown(getattr(importlib.import_module(module), constant)), what
 
 
 def test_every_limit_of_the_settings_is_told() -> None:
     """The limits that several rooms keep are all on the page, and each kind of input has some."""
-    told = {name.rpartition(".")[2] for _, _, name in LIMITS}
+    told = {name.rpartition(".")[2] for _, _, name, _ in LIMITS}
     assert {name for name in vars(settings) if name.startswith("MAX_")} <= told
     assert len(told) > 40
 
