@@ -184,7 +184,7 @@ class Mounter:
 
     async def _mount(self, spec: MountSpec, deadline: float) -> _Done:
         async def login(until: float) -> Auth:
-            vault = self._servers.get(spec.server)
+            vault = self._servers.get(spec.server, spec.pod.uid)
             return await log_in(vault, spec, self._tokens, until, telemetry=self._telemetry)
 
         shaped = [wanted for wanted in spec.objects if not wanted.plain]

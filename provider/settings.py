@@ -29,7 +29,8 @@ MAX_PATH_ELEMENT_BYTES: Final = 255
 # Connections to one Vault unless the operator says otherwise: enough to keep a node's boot busy, few enough for a
 # thousand nodes.
 MAX_CONNECTIONS: Final = 64
-# Vault servers (address, namespace, TLS) with a pool of connections at a time; classes name them, so it is bounded.
+# Vault servers (address, namespace, TLS) whose connections are kept while nobody uses them; classes name them, so it is
+# bounded.
 MAX_POOLS: Final = 64
 # What one pod may ask for in a minute unless the operator says otherwise: several times what ten volumes of a hundred
 # objects need while each of their mounts fails and kubelet tries again.

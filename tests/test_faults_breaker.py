@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,10 +16,12 @@ from provider.redact import Sensitive
 from provider.settings import MAX_POOLS, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.telemetry.events import BreakerChanged, Event, Telemetry, VaultRequest
-from provider.vault import Vault, VaultServers, adapter, breaker, watch
+from provider.vault import Vault, VaultServers, adapter, breaker, looks, watch
 from provider.vault.breaker import FORGET_SECONDS, MAX_RECENT, PROBE_SECONDS, Breaker, State
 from provider.vault.failures import VaultUnreachable
+from provider.vault.looks import Looks
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
+from tests.stand.pki import Authority
 from tests.stand.process import free_port
 
 NOON = 1_800_000_000.0
@@ -263,7 +265,10 @@ class TestWatch:
                 await asyncio.sleep(0.05)
 
     async def test_namespaces_share_what_is_known(self, servers: VaultServers, faulty: Faulty) -> None:
-        """What one namespace of a Vault found out holds for the others; other TLS settings find out by themselves."""
+        """What one namespace of a Vault found out holds for the others; other TLS settings find out by themselves.
+
+        Without TLS its settings are nothing to find out.
+        """
         faulty.stop()
         with pytest.raises(VaultUnreachable):
             await read(servers.get(at(faulty.address)))
@@ -271,8 +276,12 @@ class TestWatch:
         with pytest.raises(VaultUnreachable, match=r".2 mounts refused."):
             await read(servers.get(at(faulty.address, "team")))
         named = replace(at(faulty.address), tls=TlsSettings(server_name="other"))
-        with pytest.raises(VaultUnreachable, match=r".1 mount refused."):
+        with pytest.raises(VaultUnreachable, match=r".3 mounts refused."):
             await read(servers.get(named))
+        secure = replace(named, address=faulty.address.replace("http:", "https:"))
+        for server in (secure, replace(secure, tls=TlsSettings(server_name="another"))):
+            with pytest.raises(VaultUnreachable, match=r".1 mount refused."):
+                await read(servers.get(server))
 
     async def test_bogus_address_affects_nobody_else(self, servers: VaultServers, vault: Vault) -> None:
         """A class that names what is not there is refused alone."""
@@ -292,6 +301,75 @@ class TestWatch:
         await asyncio.sleep(0.05)
         assert changes(events).count(True) == MAX_POOLS + 20
         assert changes(events).count(False) == 20
+
+    async def test_tls_settings_make_no_more_looks(self, servers: VaultServers, events: list[Event]) -> None:
+        """A Vault that classes name with thirty TLS settings and paths is looked at once a second, not thirty times.
+
+        Each is told apart as before; and once one of them finds it back, so do all, each by a look of its own.
+        """
+        faulty = Faulty(certificate=Authority().server())
+        faulty.start()
+        faulty.stop()
+        those = [
+            servers.get(VaultServer(f"{faulty.address}/{number % 3}", "", TlsSettings(server_name=f"name-{number}")))
+            for number in range(30)
+        ]
+        for vault in those:
+            with pytest.raises(VaultUnavailable):
+                await vault.engine_of("x", TOKEN, within(0))
+        assert changes(events) == [True] * 30
+        events.clear()
+        await asyncio.sleep(3)
+        assert 2 <= sum(isinstance(event, VaultRequest) for event in events) <= 4
+        faulty.start()  # nobody trusts it, but somebody is there
+        async with asyncio.timeout(10):
+            while changes(events) != [False] * 30:  # noqa: ASYNC110  # it comes in its own time
+                await asyncio.sleep(0.05)
+        faulty.stop()
+
+    async def test_own_settings_are_looked_at_in_between(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many others look at the daemon's own Vault, every other look is by the daemon's own settings."""
+        monkeypatch.setattr(looks, "PROBE_SECONDS", 0.01)
+        queue = Looks(64).at("there")
+        order: list[str] = []
+
+        def looking(name: str) -> Callable[[], bool]:
+            def begin() -> bool:
+                order.append(name)
+                asyncio.get_running_loop().call_soon(lambda: queue.ask(begin, own=name == "own"))
+                return True
+
+            return begin
+
+        for name in ("a", "b", "c", "own", "d"):
+            queue.ask(looking(name), own=name == "own")
+        async with asyncio.timeout(10):
+            while len(order) < 9:  # noqa: ASYNC110  # it comes in its own time
+                await asyncio.sleep(0.01)
+        assert order[:9] == ["a", "own", "b", "own", "c", "own", "d", "own", "a"]
+
+    async def test_looks_everywhere_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of looks at many servers so many go out in a second, and no more until they are over; own ones always."""
+        monkeypatch.setattr(looks, "PROBE_SECONDS", 0.3)
+        every = Looks(3)
+        ends: list[Callable[[], None]] = []
+        queues = [every.at(number) for number in range(10)]
+
+        def begin() -> bool:
+            ends.append(every.began())
+            return True
+
+        for queue in queues:
+            queue.ask(begin, own=False)
+        await asyncio.sleep(0.7)
+        assert len(ends) == 3  # none has ended
+        queues[9].ask(lambda: bool(ends.append(every.began())) or True, own=True)
+        await asyncio.sleep(0.7)
+        assert len(ends) == 4
+        for end_look in ends[:4]:
+            end_look()
+        await asyncio.sleep(0.7)
+        assert len(ends) == 4 + 3
 
     async def test_sealed(self, vault: Vault, faulty: Faulty) -> None:
         """Answers of 503 and a look that says sealed are an outage, that says so."""

@@ -32,6 +32,7 @@ from provider.spc import Parser, objects, parameters, tables
 from provider.spc.expressions import MAX_REGEXES
 from provider.spc.shapes import MAX_SOURCES
 from provider.telemetry.log import Log
+from provider.vault.connections import MAX_SHARED_CONNECTIONS
 from tests.spc_classes import GIVEN
 from tests.tools import ROOT, kubectl
 
@@ -323,8 +324,9 @@ def test_limits_are_the_codes() -> None:
         "includes and excludes of a class": str(MAX_REGEXES),
         "one response of Vault": f"{MAX_RESPONSE_BYTES // MIB} MiB",
         "time for a mount": f"{settings.mount_timeout:g} s",
-        "connections to one Vault, for each namespace and TLS setting": str(settings.max_connections),
-        "Vault servers with open connections": str(MAX_POOLS),
+        "connections to one Vault, for each TLS setting": str(settings.max_connections),
+        "connections to all Vaults but the daemon's own": str(MAX_SHARED_CONNECTIONS),
+        "Vault servers whose idle connections are kept": str(MAX_POOLS),
         "mounts, objects and MiB of one pod in a minute": (
             f"{settings.max_pod_mounts}, {settings.max_pod_objects:,} and {settings.max_pod_mib}"
         ),

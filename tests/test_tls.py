@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives import serialization
 
 from provider.errors import VaultUnavailable
 from provider.redact import Sensitive
-from provider.settings import TlsSettings
+from provider.settings import MIB, TlsSettings
 from provider.spc import SecretRequest, VaultServer
 from provider.vault import VaultServers, adapter
+from provider.vault.tls import MAX_CA_FILES
 from tests.stand.faulty import Faulty, secret
 from tests.stand.openbao import OpenBao
 from tests.stand.pki import LOOPBACK, Authority, Certificate
@@ -434,6 +435,26 @@ class TestFilesOnDisk:
         (directory / "d-ca.crt").write_bytes(authority.pem)
         assert await read(servers, faulty.address, TlsSettings(ca_directory=str(directory))) == {"a": "1"}
 
+    async def test_directory_that_is_too_large_is_named(
+        self, servers: VaultServers, faulty: Faulty, authority: Authority, tmp_path: Path
+    ) -> None:
+        """A directory of more than 1,000 files, or of more than 4 MiB, is refused by its path before it is all read."""
+        many, large = tmp_path / "many", tmp_path / "large"
+        for directory in (many, large):
+            directory.mkdir()
+            (directory / "z-ca.crt").write_bytes(authority.pem)
+        for number in range(MAX_CA_FILES):
+            (many / f"{number:04}").touch()
+        for number in range(5):
+            (large / f"{number:04}").write_bytes(b"x" * (MIB - 1))
+        for directory, said in ((many, "more than 1000 files"), (large, "more than 4 MiB")):
+            with pytest.raises(VaultUnavailable, match=rf"CA certificates at {directory}: .*{said}"):
+                await read(servers, faulty.address, TlsSettings(ca_directory=str(directory)))
+            (directory / "0000").unlink()
+        for directory in (many, large):
+            (directory / "0001").unlink()
+            assert await read(servers, faulty.address, TlsSettings(ca_directory=str(directory))) == {"a": "1"}
+
     async def test_file_of_something_else_is_named(self, servers: VaultServers, faulty: Faulty, tmp_path: Path) -> None:
         """A CA file without a certificate is refused by its path, not taken for an empty list of authorities."""
         wrong = tmp_path / "ca.txt"
@@ -669,6 +690,41 @@ class TestProxies:
         with pytest.raises(VaultUnavailable, match=r"proxy") as told:
             await read(servers, "https://vault.internal:8200", TlsSettings(ca_cert=ca))
         assert "canary-password" not in str(told.value) + shown_chain(told.value)
+
+    async def test_a_class_does_not_say_how_the_proxy_is_verified(
+        self, inside: Faulty, authority: Authority, ca: str, clock: HandClock, tmp_path: Path
+    ) -> None:
+        """An https proxy is verified by the operator's settings: neither what a class skips nor whom it trusts counts.
+
+        So nobody who answers in the proxy's place is sent its password.
+        """
+        heads: list[bytes] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.close()
+
+        certificate, key = authority.server(("127.0.0.1",)).write(tmp_path, "proxy")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        listener = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+        proxy = f"https://user:canary-password@127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        # Vault itself is verified by neither, plain HTTP has no TLS of its own; the operator trusts no such authority.
+        for server in ("https://vault.internal:8200", "http://vault.internal:8200"):
+            for tls in (TlsSettings(skip_verify=True), TlsSettings(ca_cert=ca)):
+                servers = VaultServers(clock=clock, proxy=proxy)
+                with pytest.raises(VaultUnavailable, match=r"at the proxy: .*certificate"):
+                    await read(servers, server, tls)
+                await servers.close()
+        assert heads == []
+        trusting = VaultServers(clock=clock, proxy=proxy, own=VaultServer("https://vault", "", TlsSettings(ca_cert=ca)))
+        with pytest.raises(VaultUnavailable, match=r"proxy"):
+            await read(trusting, "https://vault.internal:8200", TlsSettings())
+        await trusting.close()
+        assert heads
+        assert all(b"Proxy-Authorization: Basic " in head for head in heads)
+        listener.close()
 
     @pytest.mark.parametrize("proxy_url", ["socks5://127.0.0.1:1080", "http://", "http://[", "http://h:port"])
     async def test_proxy_that_cannot_be_used(

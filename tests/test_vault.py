@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import socket
 import threading
 import time
@@ -27,7 +28,7 @@ from provider.errors import (
     SecretNotFound,
     VaultUnavailable,
 )
-from provider.http import Lookups, lookups
+from provider.http import lookups
 from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
@@ -44,7 +45,7 @@ from provider.vault import (
 )
 from provider.vault.failures import NotSent
 from provider.vault.turns import Turns
-from provider.vault.watch import Asker, Watch
+from provider.vault.watch import Asker
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token
 from tests.stand.openbao import OpenBao
@@ -84,6 +85,7 @@ async def servers() -> AsyncIterator[VaultServers]:
     opened = VaultServers(clock=SystemClock())
     yield opened
     await opened.close()
+    await asyncio.sleep(0.01)  # the servers learn of it
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ class TestConnections:
         faulty.on("slow", Answer(body={"data": {"a": "1"}}, stall=0.1))
         slow = asyncio.create_task(read(vault, "slow"))
         await eventually(lambda: faulty.count("slow"))
-        await vault.close()
+        vault.transport.connections.close()
         await read(vault)
         assert (await slow).response["data"] == {"a": "1"}
         assert [seen.connection for seen in faulty.arrivals] == [1, 2]
@@ -308,17 +310,41 @@ class TestConnections:
         oldest = servers.get(at(faulty.address))
         await read(oldest)
         for number in range(MAX_POOLS):
-            servers.get(at(faulty.address, f"team-{number}"))
+            servers.get(at(f"http://127.0.0.1:{number + 1}"))
         await asyncio.sleep(0.05)  # the task that closes them runs
         again = servers.get(at(faulty.address))
-        assert again is oldest
+        assert again.transport is oldest.transport
         await read(again)
         assert [seen.connection for seen in faulty.arrivals] == [1, 2]
 
     async def test_equal_servers_share_a_client(self, servers: VaultServers) -> None:
-        """One *where*, one client: address, namespace and TLS settings make it."""
-        assert servers.get(at("http://127.0.0.1:1")) is servers.get(at("http://127.0.0.1:1"))
-        assert servers.get(at("http://127.0.0.1:1")) is not servers.get(at("http://127.0.0.1:1", "team"))
+        """One *where*, one transport: address, namespace and TLS settings make it."""
+        first, second = (servers.get(at("http://127.0.0.1:1")) for _ in range(2))
+        assert first.transport is second.transport
+        assert servers.get(at("http://127.0.0.1:1", "team")).transport is not first.transport
+
+    async def test_namespaces_share_connections(self, servers: VaultServers, faulty: Faulty) -> None:
+        """A pod whose reads in many namespaces, below many paths, all hang has 45 connections to that Vault, not more.
+
+        Neither do TLS settings make it another server where there is no TLS.
+        """
+        faulty.on("x", secret({"a": "1"}))
+        faulty.on("hangs", Answer(stall=3600))
+        hung = []
+        for number in range(10):
+            tls = TlsSettings(server_name=f"name-{number}")
+            server = VaultServer(f"{faulty.address}/n{number}", f"team-{number}", tls)
+            vault = servers.get(server, "attacker")
+            tokens = [Sensitive(f"hvs.of-{number}-{read}") for read in range(20)]
+            hung += [asyncio.create_task(read(vault, "hangs", token)) for token in tokens]
+        await eventually(lambda: len(faulty.arrivals) >= 45)
+        await asyncio.sleep(0.1)
+        assert len(faulty.arrivals) == faulty.most_connections == 45
+        other = servers.get(at(faulty.address), "victim")
+        assert (await read(other)).response["data"] == {"a": "1"}
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
 
     async def test_unix_address(self, servers: VaultServers, tmp_path: Path) -> None:
         """``unix://`` is a Vault's socket: a real OpenBao is read through it, and a missing one is unreachable."""
@@ -342,6 +368,58 @@ class TestConnections:
             NotSent, match=r"vault.invalid:8200 is unreachable.*cannot be looked up.*check vaultAddress"
         ):
             await servers.get(at("http://vault.invalid:8200")).read(get("x"), TOKEN, within(0))
+
+    async def test_one_pod_leaves_others_connections(self, faulty: Faulty) -> None:
+        """A pod whose reads at many servers, under many tokens, all hang leaves some to other pods, at any server.
+
+        All servers have a part of the process's descriptors together; the daemon's own Vault has its own connections,
+        but not for a class's TLS settings. Logins, renewals and revocations count too.
+        """
+        with contextlib.ExitStack() as stack:
+            hanging = [stack.enter_context(Faulty()) for _ in range(4)]
+            own = stack.enter_context(Faulty())
+            servers = VaultServers(clock=SystemClock(), own=at(own.address), descriptors=1024)
+            hung = []
+            for server in hanging:
+                for path in ("hangs", "auth/kubernetes/login", "auth/token/renew-self"):
+                    server.on(path, Answer(stall=3600))
+                vault = servers.get(at(server.address), "attacker")
+                for number in range(20):
+                    credential = Sensitive(f"hvs.of-{server.port}-{number}")
+                    calls = [read(vault, "hangs", credential), vault.login(LOGIN, credential, within())]
+                    calls.append(vault.renew_token(credential, 60, within()))
+                    hung += [asyncio.create_task(call) for call in calls]
+            arrived = [server.arrivals for server in hanging]
+            await eventually(lambda: sum(map(len, arrived)) >= 24)
+            await asyncio.sleep(0.2)
+            assert sum(server.most_connections for server in hanging) == 24  # seven eighths of what is not lent
+            for server in (faulty, own):
+                server.on("x", secret({"a": "1"}))
+                victim = servers.get(at(server.address), "victim")
+                assert (await read(victim)).response["data"] == {"a": "1"}
+            own.on("x", Answer(body={"data": {}}, together=45))
+            many = servers.get(at(own.address), "attacker")
+            await asyncio.gather(*(read(many) for _ in range(45)))
+            for task in hung:
+                task.cancel()
+            await asyncio.gather(*hung, return_exceptions=True)
+            await servers.close()
+
+    async def test_what_rests_is_bounded_over_all_servers(self) -> None:
+        """Connections that are kept to all servers come to no more than may be open: the oldest are closed."""
+        with contextlib.ExitStack() as stack:
+            those = [stack.enter_context(Faulty()) for _ in range(6)]
+            servers = VaultServers(clock=SystemClock(), descriptors=640)  # 20 connections
+            before = len(os.listdir("/proc/self/fd"))
+            for number, server in enumerate(those):
+                server.on("x", Answer(body={"data": {}}, together=8))
+                vault = servers.get(at(server.address), f"pod-{number}")
+                await asyncio.gather(*(read(vault) for _ in range(8)))
+            await asyncio.sleep(0.1)
+            kept = sum(len(transport.connections._pool._live) for transport in servers._recent.values())  # type: ignore[union-attr]  # all are open
+            assert kept == 20
+            assert len(os.listdir("/proc/self/fd")) <= before + 2 * 20  # this process has the servers' ends too
+            await servers.close()
 
     async def test_host_that_is_no_name(self, servers: VaultServers) -> None:
         """What cannot be a name at all is no fault of ours, but one of the address."""
@@ -386,19 +464,19 @@ class TestConnections:
         monkeypatch.setattr(socket, "getaddrinfo", ask)
         monkeypatch.setattr(lookups, "LOOKUP_SECONDS", 0.5)
         monkeypatch.setattr(lookups, "KEPT_SECONDS", 0.0)
-        faulty.on("x", secret({"a": "1"}))
+        faulty.on("x", Answer(body={"data": {"a": "1"}}, cut=Cut.AFTER))  # each read takes another connection
         known = f"http://localhost:{faulty.port}"
         await read(servers.get(at(known)))
         bogus = [f"http://name-{number % 50}.example:{8200 + number // 50}" for number in range(60)]
         tries = [servers.get(at(address)).read(get("x"), TOKEN, within(0)) for address in bogus]
         ends = asyncio.gather(*tries, return_exceptions=True)
         await eventually(lambda: len(hung) == 32)
-        assert (await read(servers.get(at(known, "team")))).response["data"] == {"a": "1"}
+        assert (await read(servers.get(at(known)))).response["data"] == {"a": "1"}
         assert found == ["localhost"] * 2
         assert {type(end) for end in await ends} == {NotSent}
         assert len(hung) == len(set(hung)) == 32
         monkeypatch.setattr(socket, "getaddrinfo", fail)
-        assert (await read(servers.get(at(known, "other")))).response["data"] == {"a": "1"}
+        assert (await read(servers.get(at(known)))).response["data"] == {"a": "1"}
         go_on.set()
 
 
@@ -493,12 +571,19 @@ class TestRequests:
 
 
 class TestRetries:
-    @pytest.mark.parametrize("status", [412, 429, 472, 473, 500, 501, 502, 503, 504])
+    @pytest.mark.parametrize("status", [412, 429, 472, 473, 500, 502, 503, 504])
     async def test_passing_troubles_are_retried(self, vault: Vault, faulty: Faulty, status: int) -> None:
         """docs/contract.md section 3: after these the same request is sent again, and its answer counts."""
         faulty.on("x", refusal(status, "wait"), secret({"a": "1"}))
         assert (await read(vault)).response["data"] == {"a": "1"}
         assert faulty.count("x") == 2
+
+    async def test_what_a_server_cannot_do_is_not_asked_again(self, vault: Vault, faulty: Faulty) -> None:
+        """501 says that it would not work the next time either."""
+        faulty.on("x", refusal(501, "not implemented"), secret({}))
+        with pytest.raises(VaultUnavailable, match=r"answered 501"):
+            await read(vault)
+        assert faulty.count("x") == 1
 
     @pytest.mark.parametrize(
         ("status", "kind"),
@@ -512,6 +597,17 @@ class TestRetries:
         with pytest.raises(kind, match=r'GET x|nothing at x.*"that is not on"'):
             await read(vault)
         assert faulty.count("x") == 1
+
+    @pytest.mark.parametrize("length", [10, 400, 1203, 60_000, 70_000])
+    @pytest.mark.parametrize("between", ["", " ", "\n"])
+    async def test_no_part_of_a_secret_is_quoted(self, vault: Vault, faulty: Faulty, length: int, between: str) -> None:
+        """However often Vault repeats what it was sent, whatever its length, no beginning of it is left at a cut."""
+        body = ("Pw-" + f"q7Zk  {between}" * length)[:length].strip() + "!"
+        faulty.on("x", refusal(400, between.join([body] * (200_000 // length))))
+        with pytest.raises(RequestRefused) as told:
+            await read(vault, with_body("PUT", "x", {"password": body}))
+        assert "Pw-" not in str(told.value)
+        assert "q7Zk" not in str(told.value)
 
     async def test_tries_are_bounded(self, vault: Vault, faulty: Faulty) -> None:
         """A server that stays ill is asked five times, long before the deadline."""
@@ -698,7 +794,7 @@ class TestStrangeAnswers:
             writer.close()
 
         async with serving(serve) as address:
-            vaults = [servers.get(at(address, f"team-{number}")) for number in range(8)]
+            vaults = [servers.get(at(address), f"pod-{number}") for number in range(8)]
             reads = [asyncio.create_task(read(vault)) for vault in vaults]
             await eventually(lambda: taken == 4)
             await asyncio.sleep(0.2)  # a fifth would have come to its end by now
@@ -823,15 +919,14 @@ class TestStrangeAnswers:
         request = with_body("GET", "x", {"pin": "canary"})
         bare = transport.Transport(
             vault.server,
+            vault.transport.connections,
             clock=SystemClock(),
-            proxy="",
             large_bodies=Turns(1),
-            lookups=Lookups(),
-            watch=Watch(vault.server, clock=SystemClock(), telemetry=Telemetry()),
+            parsing=Turns(1),
+            watch=vault.watch,
             telemetry=Telemetry(),
         )
         raw = await bare.send("GET", "/v1/x", {}, None, mount="x/", asker=Asker())
-        await bare.close()
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         answer = await read(vault, request)
         shown = [repr(part) for part in (raw, auth, answer, request)]
@@ -895,7 +990,7 @@ class TestTelling:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await vault.read(get("x"), TOKEN, within())
-        await vault.close()
+        vault.transport.connections.close()
         faulty.stop()
         with pytest.raises(VaultUnavailable):
             await vault.read(get("x"), TOKEN, within(0))

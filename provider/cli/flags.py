@@ -333,7 +333,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _VAULT, "max-connections", "NUMBER", str(MAX_CONNECTIONS),
-        "Most connections to one server, for each namespace and TLS setting, 1 to 1024.", _read_max_connections,
+        "Most connections to one server, for each TLS setting, 1 to 1024.", _read_max_connections,
     ),
     Flag(
         _GUARDRAILS, "hardened", "", "false",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from provider.cli import process
 from provider.clock import SystemClock
 from provider.kube import HmacKey, Kubernetes
 from provider.mount import Mounter
@@ -16,8 +17,10 @@ from provider.render import Renderer
 from provider.server import Mounts
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
-from provider.spc import Parser
+from provider.spc import Parser, VaultServer
 from provider.spc.addresses import AllowedAddresses
+from provider.spc.findings import Refused
+from provider.spc.parameters import address
 from provider.telemetry.events import Event, Telemetry
 from provider.telemetry.http import Page
 from provider.telemetry.lines import LineWriter
@@ -63,6 +66,8 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
             max_connections=settings.max_connections,
             telemetry=telemetry,
             allowed=AllowedAddresses(settings),
+            own=_own(settings),
+            descriptors=process.descriptors(),
         )
         stack.push_async_callback(servers.close)
         kubernetes = Kubernetes(settings.kubeconfig)
@@ -101,6 +106,14 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
             metrics.page if metrics is not None else None,
             preload=import_calls,
         )
+
+
+def _own(settings: Settings) -> VaultServer:
+    """The daemon's own Vault, by its flags. An address that is none is told to whoever mounts without another."""
+    own = ""
+    with contextlib.suppress(Refused):
+        own = address(settings.vault_addr)
+    return VaultServer(own, "", settings.tls)
 
 
 def _audit(

@@ -108,7 +108,7 @@ class Sessions:
         identity = identity_of(spec)
         session = self._sessions.get(identity)
         if session is None:
-            vault = self._servers.get(spec.server)
+            vault = self._servers.get(spec.server, spec.pod.uid)
             session = self._add(Session(identity, spec.pod, vault, self._around))
         self._sessions.move_to_end(identity)
         session.class_name = spec.class_name
@@ -311,7 +311,7 @@ class Sessions:
                 state.set_aside(name, str(error))
                 continue
             if snapshot.identity not in self._sessions and snapshot.identity not in self._ending:
-                vault = self._servers.get(snapshot.identity.server)
+                vault = self._servers.get(snapshot.identity.server, snapshot.identity.pod_uid)
                 session = Session(snapshot.identity, snapshot.pod, vault, self._around)
                 session.adopt(snapshot)
                 session.file.generation = entry.generation

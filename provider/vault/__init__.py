@@ -15,13 +15,19 @@ from provider.vault.client import (
     import_calls,
 )
 from provider.vault.failures import VaultUnreachable
+from provider.vault.memory import Held, Loans, Memory, NoRoom, Room
 
 __all__ = [
     "Auth",
     "EngineMount",
+    "Held",
     "LeaseGone",
+    "Loans",
+    "Memory",
+    "NoRoom",
     "RenewalRefused",
     "Renewed",
+    "Room",
     "Vault",
     "VaultSecret",
     "VaultServers",

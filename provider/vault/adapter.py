@@ -12,7 +12,7 @@ import asyncio
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeAlias
 
@@ -20,12 +20,14 @@ from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.redact import MASK, Sensitive, one_line
 from provider.vault.failures import NotSent
+from provider.vault.memory import Room
 from provider.vault.redirects import FOLLOWED, MAX_HOPS, NotFollowed
 from provider.vault.transport import Answer, Transport
 from provider.vault.watch import Asker
 
-# docs/contract.md section 3: answers after which the same request may be sent again.
-RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 501, 502, 503, 504})
+# docs/contract.md section 3: answers after which the same request may be sent again. Not 501: what a server does not
+# know how to do it does not know in a second either.
+RETRIED_STATUSES: Final = frozenset({412, 429, 472, 473, 500, 502, 503, 504})
 # Neither these nor any status of 500 or more is a refusal: the request timed out or came too early for the server, so
 # it says nothing about the role, the token or the secret (RFC 9110 section 15.5.9, RFC 8470 section 5.2).
 _TIMING_STATUSES: Final = frozenset({408, 425})
@@ -36,7 +38,8 @@ FIRST_BACKOFF_SECONDS: Final = 0.2
 MAX_BACKOFF_SECONDS: Final = 3.0
 # Vault's own words in our messages: enough to know the fault, little enough for many objects in 4 KiB.
 MAX_WORDS: Final = 400
-# What is searched for texts that are to be hidden: so much more than is shown that none straddles the end.
+# What is searched for texts that are to be hidden, which may be many: more than is shown. What may be the beginning of
+# one at its end is dropped.
 MAX_SEARCHED: Final = 64 * 1024
 # Shorter texts are hidden by nothing: they would be found within other words, and guessed as quickly.
 MIN_HIDDEN: Final = 6
@@ -63,9 +66,10 @@ class VaultAdapter:
 
     ``deadline`` is in the event loop's time, in seconds. ``resend`` is for reads that change nothing at Vault.
     ``hidden`` are texts of the request which no error may quote, even where Vault does; the token is one of them.
-    Requests with an ``owner`` take turns with those of other owners; see ``Transport.send``. ``mount`` is the auth or
-    engine mount that is told of them, with a slash at its end. Requests with ``of_mount``, the hash of the pod's token
-    or JWT, are part of a mount, which is known by that and by its deadline; see ``Asker``.
+    Requests take turns with those of other owners, and ``reads`` of classes more so; see ``Transport.send``. ``mount``
+    is the auth or engine mount that is told of them, with a slash at its end. Requests with ``of_mount``, the hash of
+    the pod's token or JWT, are part of a mount, which is known by that and by its deadline; see ``Asker``. ``room`` is
+    where its answers are to be kept, and ``size`` about what the last one takes there.
     """
 
     def __init__(
@@ -77,10 +81,14 @@ class VaultAdapter:
         mount: str,
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
-        owner: int | None = None,
+        owner: Hashable,
+        reads: bool = False,
         of_mount: int | None = None,
+        room: Room | None = None,
         redirect: Redirect,
     ) -> None:
+        self.size = 0
+        self._room = room
         self._transport = transport
         self._token = token
         self._deadline = deadline
@@ -88,6 +96,7 @@ class VaultAdapter:
         self._resend = resend
         self._hidden = (*hidden, token) if token else tuple(hidden)
         self._owner = owner
+        self._reads = reads
         self._redirect = redirect
         self._of_mount = hash((of_mount, deadline)) if of_mount is not None else None
 
@@ -117,6 +126,7 @@ class VaultAdapter:
 
         Raises:
             Refusal: Vault refused.
+            NoRoom: see ``Transport.send``.
             VaultUnavailable: no answer, or none of Vault's, or one that says nothing about the request (any status of
                 500 or more), or too many retries.
         """
@@ -124,12 +134,14 @@ class VaultAdapter:
         body = kwargs.get("data")
         if body is None and kwargs.get("json") is not None:
             body = json.dumps(kwargs["json"]).encode()
-        asker = Asker(self._owner, self._of_mount, asyncio.get_running_loop().time())
+        asker = Asker(self._owner, self._of_mount, asyncio.get_running_loop().time(), self._reads)
         method = method.upper()
         for tries in range(1, MAX_TRIES + 1):
             asked_to_wait = 0.0
             try:
-                answer = await self._transport.send(method, url, sent, body, mount=self._mount, asker=asker)
+                answer = await self._transport.send(
+                    method, url, sent, body, mount=self._mount, asker=asker, room=self._room
+                )
                 if answer.status in FOLLOWED:
                     answer = await self._follow(answer, method, url, sent, body, asker)
             except NotSent as error:
@@ -162,7 +174,7 @@ class VaultAdapter:
                 transport = self._redirect(transport, answer.header("Location") or "", url)
             except NotFollowed as refused:
                 raise self._redirected(answer, str(refused)) from None
-            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker)
+            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker, room=self._room)
             if answer.status not in FOLLOWED:
                 return answer
         raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
@@ -177,6 +189,7 @@ class VaultAdapter:
     def _accept(self, answer: Answer) -> dict[str, Any]:
         if answer.body is None and answer.status != 204:
             raise self._not_vault(answer)
+        self.size = answer.size
         return answer.body or {}
 
     def _refusal(self, answer: Answer) -> Refusal | VaultUnavailable:
@@ -216,20 +229,27 @@ class VaultAdapter:
         )
 
     def _words(self, body: Mapping[str, Any]) -> str:
-        """Vault's own words: its errors, else its warnings; one safe line without credentials."""
+        """Vault's own words, as far as they are texts: its errors, else its warnings; one safe line, no credentials."""
         for field in ("errors", "warnings"):
             said = body.get(field)
             if isinstance(said, list) and said:
-                return self._quoted("; ".join(" ".join(str(part).split()) for part in said), MAX_WORDS)
+                texts = [" ".join(part.split()) for part in said if isinstance(part, str)]
+                return self._quoted("; ".join(texts), MAX_WORDS)
         return ""
 
     def _quoted(self, text: str, limit: int) -> str:
         """What the server said as a part of one line, without what it must not repeat to others."""
+        whole = len(text) <= MAX_SEARCHED
         text = text[:MAX_SEARCHED]
-        for hidden in sorted((value.reveal() for value in self._hidden), key=len, reverse=True):
-            if len(hidden) >= MIN_HIDDEN:
-                text = text.replace(hidden, MASK)
-        return one_line(text, limit)
+        hidden = {value.reveal() for value in self._hidden}
+        hidden |= {" ".join(value.split()) for value in hidden}  # as its errors are quoted
+        longest = 1
+        for value in sorted(hidden, key=len, reverse=True):
+            if len(value) >= MIN_HIDDEN:
+                longest = max(longest, len(value))
+                text = text.replace(value, MASK)
+        # The beginning of one may be left where the text was cut.
+        return one_line(text if whole else text[: 1 - longest or None], limit)
 
 
 def _retry_after(text: str, clock: Clock) -> float:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import quote, urlencode
@@ -23,11 +23,23 @@ from provider.errors import (
 )
 from provider.http import Lookups
 from provider.redact import Sensitive
-from provider.settings import MAX_CONNECTIONS, MAX_POOLS, Settings
+from provider.settings import MAX_CONNECTIONS, MAX_POOLS, Settings, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Telemetry
 from provider.vault.adapter import Redirect, Refusal, VaultAdapter
+from provider.vault.connections import (
+    DESCRIPTORS_OF_LOOK,
+    DESCRIPTORS_OF_OWN,
+    MANY_DESCRIPTORS,
+    MAX_LOOKS,
+    Connections,
+    Place,
+    Shares,
+    tls_of,
+)
+from provider.vault.looks import Looks
+from provider.vault.memory import Room
 from provider.vault.redirects import followed
 from provider.vault.transport import LARGE_BODIES, Transport
 from provider.vault.turns import Turns
@@ -73,12 +85,16 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class VaultSecret:
-    """Vault's answer to a SecretRequest. ``response`` is the whole JSON object; durations are in seconds."""
+    """Vault's answer to a SecretRequest. ``response`` is the whole JSON object; durations are in seconds.
+
+    ``size`` is about how many bytes it takes in memory, 0 where that was not looked at.
+    """
 
     response: Mapping[str, Any] = field(repr=False)
     lease_id: str = ""
     lease_duration: float = 0.0
     renewable: bool = False
+    size: int = field(default=0, compare=False)
 
     @property
     def leased(self) -> bool:
@@ -125,11 +141,17 @@ def import_calls() -> None:
 
 
 class Vault:
-    """One Vault server, in one namespace. ``deadline`` is everywhere in the event loop's time, in seconds."""
+    """One Vault server, in one namespace, as ``owner`` asks it: a pod, or None for whoever has each token or JWT.
 
-    def __init__(self, transport: Transport, redirect: Redirect) -> None:
+    ``deadline`` is everywhere in the event loop's time, in seconds.
+    """
+
+    __slots__ = ("_owner", "_redirect", "server", "transport", "watch")
+
+    def __init__(self, transport: Transport, redirect: Redirect, owner: Hashable = None) -> None:
         self.transport = transport
         self._redirect = redirect
+        self._owner = owner
         self.server = transport.server
         self.watch = transport.watch
 
@@ -147,46 +169,54 @@ class Vault:
         from provider.vault.calls import Kubernetes
 
         adapter = self._adapter(
-            None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=hash(jwt)
+            None, deadline, mount=f"auth/{login.mount}/", resend=False, hidden=(jwt,), of_mount=hash(jwt), by=jwt
         )
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
             raise LoginDenied(f"Vault answered {refusal.status}: {refusal.words or 'permission denied'}") from refusal
         auth = answer.get("auth")
-        if not isinstance(auth, dict) or not auth.get("client_token"):
+        token = _text(auth.get("client_token")) if isinstance(auth, dict) else ""
+        if not isinstance(auth, dict) or not token:
             raise LoginDenied("Vault's answer holds no token; is a second factor (MFA) enforced on this auth mount?")
-        token = str(auth["client_token"])
         if not _HEADER_TEXT.fullmatch(token):
             raise LoginDenied("the token in Vault's answer is not printable ASCII, so it cannot be sent in a header")
         return Auth(
             token=Sensitive(token),
-            accessor=str(auth.get("accessor") or ""),
+            accessor=_text(auth.get("accessor")),
             ttl=_seconds(auth.get("lease_duration")),
             renewable=bool(auth.get("renewable")),
-            entity_id=str(auth.get("entity_id") or ""),
+            entity_id=_text(auth.get("entity_id")),
             policies=_policies(auth),
             num_uses=int(_seconds(auth.get("num_uses"))),
             request_id=_request_id(answer),
         )
 
     async def read(
-        self, request: SecretRequest, token: Sensitive[str], deadline: float, *, mount: str = "", resend: bool = False
+        self,
+        request: SecretRequest,
+        token: Sensitive[str],
+        deadline: float,
+        *,
+        mount: str = "",
+        resend: bool = False,
+        room: Room | None = None,
     ) -> VaultSecret:
         """Send a class's request and return the answer. ``mount`` is its engine's path, where that is known.
 
+        ``room`` is where the caller is going to keep the answer: a large one that it has no place for is not parsed.
+
         ``resend`` says that it is known to issue nothing, so that it may be sent again where its answer was lost.
 
-        Reads under one token are one owner's, and take turns with those of others (``Transport.send``): each session
-        has a token of its own.
+        The owner's reads take turns with those of others (``Transport.send``).
 
         Raises:
             AccessDenied: 403; the token is dead, or its policies do not allow the request.
             SecretNotFound: 404.
             RequestRefused: another refusal (400, 405).
+            NoRoom: see ``Transport.send``.
             VaultUnavailable: no answer, or none of Vault's.
         """
-        owner = hash(token)
         adapter = VaultAdapter(
             self.transport,
             token,
@@ -194,8 +224,10 @@ class Vault:
             mount=mount or mount_of(request.path),
             resend=resend,
             hidden=_values(request.body) if request.body is not None else (),
-            owner=owner,
-            of_mount=owner,
+            owner=self._owner_of(token),
+            reads=True,
+            of_mount=hash(token),
+            room=room,
             redirect=self._redirect,
         )
         url = "/v1/" + quote(request.path, safe=_PATH_SAFE)
@@ -205,13 +237,23 @@ class Vault:
         try:
             answer = await adapter.request(request.method, url, data=body)
         except Refusal as refusal:
-            raise _read_error(request, refusal) from refusal
-        return VaultSecret(
-            response=answer,
-            lease_id=str(answer.get("lease_id") or ""),
-            lease_duration=_seconds(answer.get("lease_duration")),
-            renewable=bool(answer.get("renewable")),
-        )
+            error = _read_error(request, refusal)
+        except ProviderError as failure:
+            error = failure
+        else:
+            return VaultSecret(
+                response=answer,
+                lease_id=_text(answer.get("lease_id")),
+                lease_duration=_seconds(answer.get("lease_duration")),
+                renewable=bool(answer.get("renewable")),
+                size=adapter.size,
+            )
+        try:
+            # It is kept until its mount ends: without the frames, and so the answer, that it came by.
+            error.__cause__ = error.__context__ = None
+            raise error.with_traceback(None)
+        finally:
+            del error
 
     async def renew_token(self, token: Sensitive[str], increment: float, deadline: float) -> Renewed:
         """Ask for ``increment`` more seconds of life.
@@ -300,9 +342,8 @@ class Vault:
             return None
         return EngineMount(mount, kind, version) if mount and path.startswith(mount) else None
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self.transport.close()
+    def _owner_of(self, credential: Sensitive[str] | None) -> Hashable:
+        return hash(credential) if self._owner is None else self._owner
 
     def _adapter(
         self,
@@ -313,6 +354,7 @@ class Vault:
         resend: bool,
         hidden: Collection[Sensitive[str]] = (),
         of_mount: int | None = None,
+        by: Sensitive[str] | None = None,
     ) -> VaultAdapter:
         return VaultAdapter(
             self.transport,
@@ -321,13 +363,18 @@ class Vault:
             mount=mount,
             resend=resend,
             hidden=hidden,
+            owner=self._owner_of(by or token),
             of_mount=of_mount,
             redirect=self._redirect,
         )
 
 
 class VaultServers:
-    """The Vaults in use: one client for each *where*.
+    """The Vaults in use: a transport for each *where*, and connections for each server.
+
+    ``own`` is the daemon's own Vault, as its flags have it. Whatever classes name, its connections are its own; those
+    to all others are a share of ``descriptors``, the files that this process may have open. Its TLS settings are the
+    operator's, by which ``proxy`` is verified too.
 
     Past MAX_POOLS the least recently used lets its connections go; while anybody holds it, it is the one that ``get``
     gives, and opens new ones when it is asked again. ``allowed`` are the addresses that a redirect may lead to.
@@ -341,78 +388,119 @@ class VaultServers:
         max_connections: int = MAX_CONNECTIONS,
         telemetry: Telemetry | None = None,
         allowed: AllowedAddresses | None = None,
+        own: VaultServer | None = None,
+        descriptors: int = MANY_DESCRIPTORS,
     ) -> None:
         self._clock = clock
         self._allowed = allowed or AllowedAddresses(Settings())
         self._telemetry = telemetry or Telemetry()
         self._proxy = proxy
-        self._max_connections = max_connections
-        self._large_bodies = Turns(LARGE_BODIES)
-        self._lookups = Lookups()
+        self._own = own and self._key(own)
+        self._proxy_tls = own.tls if own else TlsSettings()
+        self._limit = max(1, min(max_connections, descriptors // DESCRIPTORS_OF_OWN))
+        self._shares = Shares.of(descriptors)
+        self._large_bodies, self._parsing = Turns(LARGE_BODIES), Turns(1)
+        self._lookups = Lookups(self._allowed.hosts)
+        self._looks = Looks(max(1, min(MAX_LOOKS, descriptors // DESCRIPTORS_OF_LOOK)))
+        self._connections: WeakValueDictionary[tuple[Place, TlsSettings], Connections] = WeakValueDictionary()
         self._watches: WeakValueDictionary[VaultServer, Watch] = WeakValueDictionary()
-        self._recent: OrderedDict[VaultServer, Vault] = OrderedDict()
-        self._held: WeakValueDictionary[VaultServer, Vault] = WeakValueDictionary()
+        self._recent: OrderedDict[VaultServer, Transport] = OrderedDict()
+        self._held: WeakValueDictionary[VaultServer, Transport] = WeakValueDictionary()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def get(self, server: VaultServer) -> Vault:
-        """The client for ``server``; its connections open at first use, and again after they were let go."""
-        vault = self._held.get(server)
-        if vault is None:
-            transport = Transport(
+    def get(self, server: VaultServer, owner: Hashable = None) -> Vault:
+        """The client for ``server`` that a pod, the ``owner``, asks by.
+
+        Its connections open at first use, and again after they were let go.
+        """
+        return Vault(self._transport(server), self._redirect, owner)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await asyncio.gather(*(watch.close() for watch in self._watches.values()))  # first: looks open connections
+        await asyncio.gather(*self._closing)
+        for connections in self._connections.values():
+            connections.close()
+        self._recent.clear()
+
+    def _transport(self, server: VaultServer) -> Transport:
+        transport = self._held.get(server)
+        if transport is None:
+            transport = self._held[server] = Transport(
                 server,
+                self._connections_to(server),
                 clock=self._clock,
-                proxy=self._proxy,
                 large_bodies=self._large_bodies,
-                lookups=self._lookups,
+                parsing=self._parsing,
                 watch=self._watch(server),
-                max_connections=self._max_connections,
                 telemetry=self._telemetry,
             )
-            vault = self._held[server] = Vault(transport, self._redirect)
-        self._recent[server] = vault
+        self._recent[server] = transport
         self._recent.move_to_end(server)
         if len(self._recent) > MAX_POOLS:
             _, idle = self._recent.popitem(last=False)
             closing = asyncio.get_running_loop().create_task(self._let_go(idle))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        return vault
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await asyncio.gather(*(watch.close() for watch in self._watches.values()))  # first: looks open connections
-        await asyncio.gather(*self._closing, *(vault.close() for vault in self._held.values()))
-        self._recent.clear()
+        return transport
 
     def _redirect(self, transport: Transport, location: str, path: str) -> Transport:
         """The transport that a redirect leads to: the same namespace and TLS settings elsewhere. Raises NotFollowed."""
         server = transport.server
         to = followed(location, server.address, path, self._allowed)
-        return self.get(replace(server, address=to, tls=self._allowed.tls_at(to, server.tls))).transport
+        return self._transport(replace(server, address=to, tls=self._allowed.tls_at(to, server.tls)))
+
+    def _connections_to(self, server: VaultServer) -> Connections:
+        """The connections to the server, whatever the namespace, and whatever is below its place."""
+        key = self._key(server)
+        connections = self._connections.get(key)
+        if connections is None:
+            connections = self._connections[key] = Connections(
+                *key,
+                clock=self._clock,
+                proxy=self._proxy,
+                proxy_tls=self._proxy_tls,
+                lookups=self._lookups,
+                limit=self._limit,
+                shares=None if key == self._own else self._shares,
+            )
+        return connections
 
     def _watch(self, server: VaultServer) -> Watch:
         """The watch over the Vault that ``server`` is a namespace of.
 
         By how its TLS is verified too: who asks with a certificate that Vault refuses, or trusts another authority, may
-        find nobody there while others do.
+        find nobody there while others do. All of them look in turn.
         """
-        vault = replace(server, namespace="")
+        vault = replace(server, namespace="", tls=tls_of(server))
         watch = self._watches.get(vault)
         if watch is None:
-            watch = self._watches[vault] = Watch(vault, clock=self._clock, telemetry=self._telemetry)
+            watch = self._watches[vault] = Watch(
+                vault,
+                clock=self._clock,
+                telemetry=self._telemetry,
+                looks=self._looks,
+                queue=self._looks.at(Place.of(server.address)),
+                own=self._key(server) == self._own,
+            )
         return watch
 
-    async def _let_go(self, idle: Vault) -> None:
+    @staticmethod
+    def _key(server: VaultServer) -> tuple[Place, TlsSettings]:
+        return Place.of(server.address), tls_of(server)
+
+    async def _let_go(self, idle: Transport) -> None:
         """Close what has not been used for longest; nobody looks any more at a Vault that only a class made up."""
-        if not any(vault.watch is idle.watch for vault in self._recent.values()):
+        if not any(used.watch is idle.watch for used in self._recent.values()):
             await idle.watch.close()
-        await idle.close()
+        if not any(used.connections is idle.connections for used in self._recent.values()):
+            idle.connections.close()
 
 
 def _policies(auth: dict[str, Any]) -> tuple[str, ...]:
     """The names of a token's policies, in one order; none where there is no list of them."""
     named = auth.get("policies") or auth.get("token_policies")
-    return tuple(sorted(map(str, named))) if isinstance(named, list) else ()
+    return tuple(sorted(name for name in named if isinstance(name, str))) if isinstance(named, list) else ()
 
 
 def mount_of(path: str) -> str:
@@ -460,6 +548,11 @@ def _values(body: Sensitive[str]) -> list[Sensitive[str]]:
 def _request_id(answer: Mapping[str, Any]) -> str:
     found = answer.get("request_id")
     return found if isinstance(found, str) and len(found) <= MAX_REQUEST_ID else ""
+
+
+def _text(value: object) -> str:
+    """A text of Vault's; whatever else it may be counts as none."""
+    return value if isinstance(value, str) else ""
 
 
 def _seconds(value: object) -> float:

@@ -46,6 +46,8 @@ DESCRIPTORS_OF_LOOK: Final = 64
 # So many are enough for all of these, and what a process has on today's Linux.
 MANY_DESCRIPTORS: Final = 65536
 
+_HEADERS: Final = {"Accept": "application/json", "X-Vault-Request": "true"}
+
 
 class Place(NamedTuple):
     """Where a server listens, whatever is below it: an address of a Vault without its path."""
@@ -212,5 +214,10 @@ class Connections:
             self._lookups.own(proxy.host)  # the operator's word, as the environment is
         origin = Origin(place.host or "localhost", place.port, tls, self._server_name, place.socket_path, proxy)
         return Pool(
-            origin, lookups=self._lookups, limit=self._limit, connect_seconds=CONNECT_SECONDS, allowance=allowance
+            origin,
+            lookups=self._lookups,
+            limit=self._limit,
+            connect_seconds=CONNECT_SECONDS,
+            headers=_HEADERS,
+            allowance=allowance,
         )

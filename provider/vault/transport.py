@@ -1,13 +1,11 @@
-"""Requests to one Vault server and its answers: TLS files, proxies, turns, limits. No retries, no meaning."""
+"""Requests to one Vault server and its answers: turns and limits. No retries, no meaning."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -19,46 +17,36 @@ from provider.http import (
     ExchangeBroken,
     HttpFailure,
     LookupFailed,
-    Lookups,
-    Origin,
     Pool,
     ProxyFailed,
     Response,
     TlsFailed,
 )
-from provider.settings import MAX_CONNECTIONS, MAX_RESPONSE_BYTES, MIB
+from provider.settings import MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
 from provider.telemetry.events import Telemetry, VaultRequest
+from provider.vault.connections import Connections
 from provider.vault.failures import NotSent
-from provider.vault.proxies import PROXY_ADVICE, is_secure, proxy_from_environment, usable_proxy
-from provider.vault.tls import Fingerprint, fingerprint, make_context
+from provider.vault.memory import NoRoom, Room, count_marks, size_parsed
+from provider.vault.proxies import PROXY_ADVICE
 from provider.vault.turns import Dismissed, Turns
 from provider.vault.watch import Asker, Watch
 
-_log = logging.getLogger(__name__)
-
-# A server that does not accept a connection in this time is down, as far as a mount of a minute goes.
-CONNECT_SECONDS: Final = 10.0
-# Connections that the reads of classes leave to logins, renewals, revocations and look-ups: those are short, and what
-# they keep alive must not hang on what a class reads.
-RESERVED_CONNECTIONS: Final = 4
-# Connections, an eighth of all at most, for reads that wait while others' hang; and how long that is. Longer than any
-# engine needs that is not hung itself.
-LENDABLE_CONNECTIONS: Final = 8
+# How long a request may take before others get a place for it. Longer than any engine needs that is not hung itself.
 OVERDUE_SECONDS: Final = 10.0
-# How often the TLS files are looked at, at most.
-TLS_CHECK_SECONDS: Final = 1.0
-# Parsing a larger body than this would hold the loop for more than about 5 ms.
+# Parsing a larger body than this holds the loop for more than about a millisecond, so there is one at a time.
+SMALL_BODY_BYTES: Final = 32 * 1024
+# A larger body than this waits at the server until it is its turn to be read.
 LARGE_BODY_BYTES: Final = 256 * 1024
-# Larger bodies that are read to their end and parsed at one time, of all servers: each may take some 40 MiB meanwhile.
+# Such bodies that are read to their end at one time, of all servers: each may take 8 MiB, and one of them some 60 MiB
+# while it is parsed.
 LARGE_BODIES: Final = 4
 # A large body that has its turn keeps others waiting; 8 MiB in this time is slower than any network for a Vault.
 LARGE_BODY_SECONDS: Final = 10.0
-# Each of these characters is at most one more object in memory, of about 70 bytes: 20 MiB at this many. A secret of
-# 1 MiB, the most that integrated storage keeps by default, has fewer unless nearly every fourth byte is one.
+# JSON_MARKS of one answer: 20 MiB of objects. A secret of 1 MiB, the most that integrated storage keeps by default, has
+# fewer unless nearly every fourth byte is one.
 # Source: https://openbao.org/docs/configuration/storage/raft/ (max_entry_size)
 MAX_JSON_MARKS: Final = 300_000
-_JSON_MARKS: Final = b",[{:"
 
 # Tells without a token whether a Vault is there; other statuses below 500 are those of standbys.
 # Source: https://openbao.org/api-docs/system/health/
@@ -67,11 +55,15 @@ HEALTH: Final = "/v1/sys/health?standbyok=true&perfstandbyok=true"
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """What the server at ``address`` answered. ``body`` is the JSON object, or None where there was no JSON object."""
+    """What the server at ``address`` answered. ``body`` is the JSON object, or None where there was no JSON object.
+
+    ``size`` is about what that takes in memory, in bytes.
+    """
 
     address: str
     status: int
     body: dict[str, Any] | None = field(repr=False)
+    size: int
     response: Response = field(repr=False)
 
     def header(self, name: str) -> str | None:
@@ -80,52 +72,34 @@ class Answer:
 
 
 class Transport:
-    """The connections to one Vault server: at most MAX_CONNECTIONS, kept alive, remade when TLS files change.
+    """One namespace of one Vault server, over ``connections`` that others of the same server share.
 
-    ``large_bodies`` are the turns at which bodies above LARGE_BODY_BYTES are read, and ``lookups`` find hosts: both are
-    shared by all servers.
+    ``large_bodies`` are the turns at which bodies above LARGE_BODY_BYTES are read, ``parsing`` those at which bodies
+    above SMALL_BODY_BYTES are parsed: all servers share them.
     """
 
     def __init__(
         self,
         server: VaultServer,
+        connections: Connections,
         *,
         clock: Clock,
-        proxy: str,
         large_bodies: Turns,
-        lookups: Lookups,
+        parsing: Turns,
         watch: Watch,
-        max_connections: int = MAX_CONNECTIONS,
         telemetry: Telemetry,
     ) -> None:
         self.server = server
+        self.connections = connections
         self.clock = clock
         self.watch = watch
         self._telemetry = telemetry
-        self._max_connections = max_connections
         self._large_bodies = large_bodies
-        self._lookups = lookups
-        lendable = min(LENDABLE_CONNECTIONS, max_connections // 8)
-        self._turns = Turns(max(1, max_connections - RESERVED_CONNECTIONS - lendable), lendable)
-        watch.queues.add(self._turns)
+        self._parsing = parsing
+        watch.queues.add(connections.reads)
         parts = urlsplit(server.address)
-        self._socket_path = parts.path if parts.scheme == "unix" else ""
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname or "", parts.port or (443 if self._secure else 80)
-        self._base = "" if self._socket_path else parts.path
-        self._proxy = ""
-        if not self._socket_path:
-            self._proxy = proxy or proxy_from_environment(parts.scheme, self._host, self._port)
-        self._needs_tls = self._secure or is_secure(self._proxy)
-        self._headers = {"Accept": "application/json", "X-Vault-Request": "true"}
-        if server.namespace:
-            self._headers["X-Vault-Namespace"] = server.namespace
-        self._expected = 0
-        self._pool: Pool | None = None
-        self._context: ssl.SSLContext | None = None
-        self._marks: Fingerprint = ()
-        self._checked_at = float("-inf")
-        self._opening = asyncio.Lock()
+        self._base = "" if parts.scheme == "unix" else parts.path
+        self._headers = {"X-Vault-Namespace": server.namespace} if server.namespace else {}
 
     async def send(
         self,
@@ -136,49 +110,59 @@ class Transport:
         *,
         mount: str,
         asker: Asker,
+        room: Room | None = None,
     ) -> Answer:
         """Send one request, once, and read its answer.
 
         ``path`` begins with a slash and is percent-encoded, query included. ``mount`` is what is told of it. Requests
-        of an ``asker`` with an owner take turns, owner by owner, at all connections but RESERVED_CONNECTIONS and
-        LENDABLE_CONNECTIONS; one without never waits for them.
+        take turns, owner by owner: all of them with those to other servers, and reads with those to this one.
 
         Raises:
             VaultUnreachable: Vault is known to be away; nothing was sent.
             NotSent: no connection came about.
             AnswerLost: the request went out, the answer did not come, or not whole.
             VaultUnavailable: TLS failed, or the answer is too large.
+            NoRoom: ``room``, the mount's, is too small for the answer; or was so for one before, and nothing was sent.
         """
         if not self.watch.believes:
             await self.watch.admit(asker)
-        if asker.owner is None:
-            return await self._send(method, path, headers, body, mount)
-        if not self._turns.take_now(asker.owner):
-            await self._wait_turn(asker)
-        late = False
+        queues = self.connections.turns_of_reads if asker.reads else self.connections.turns_of_others
+        if not queues:
+            return await self._send(method, path, headers, body, mount, asker, room)
+        held, late = 0, False
 
         def be_late() -> None:
             nonlocal late
             late = True
-            self._turns.overdue(asker.owner)
+            for turns in queues:
+                turns.overdue(asker.owner)
 
-        timer = asyncio.get_running_loop().call_later(OVERDUE_SECONDS, be_late)
+        timer: asyncio.TimerHandle | None = None
         try:
-            return await self._send(method, path, headers, body, mount)
+            for turns in queues:
+                if not turns.take_now(asker.owner):
+                    await self._wait_turn(turns, asker)
+                held += 1
+            if room is not None:
+                room.check()
+            timer = asyncio.get_running_loop().call_later(OVERDUE_SECONDS, be_late)
+            return await self._send(method, path, headers, body, mount, asker, room)
         finally:
-            timer.cancel()
-            self._turns.give(asker.owner, overdue=late)
+            if timer is not None:
+                timer.cancel()
+            for turns in queues[:held]:
+                turns.give(asker.owner, overdue=late)
 
-    async def _wait_turn(self, asker: Asker) -> None:
+    async def _wait_turn(self, turns: Turns, asker: Asker) -> None:
         while True:
             try:
-                return await self._turns.take(asker.owner)
+                return await turns.take(asker.owner)
             except Dismissed:
                 await self.watch.admit(asker)
 
     def expect(self, reads: int) -> None:
         """So many reads of one owner will follow the next request's answer, a login's: connect for them meanwhile."""
-        self._expected = min(reads, self._turns.most)
+        self.connections.expect(reads)
 
     async def look(self) -> tuple[str, str]:
         """See whether Vault is there, over a connection of its own, since kept ones may lead nowhere by now.
@@ -188,126 +172,110 @@ class Transport:
 
         Raises what ``send`` raises, but for VaultUnreachable.
         """
-        await self._current_pool()
+        pool = await self.connections.another()
         began, status = time.monotonic(), 0
-        pool = self._open_pool(self._context)
         try:
-            answer = await self._exchange(pool, "GET", HEALTH, {}, None)
+            answer = await self._exchange(pool, "GET", HEALTH, self._headers, None, Asker(), None)
             status = answer.status
         finally:
             self._telemetry.record(VaultRequest(self.server, "GET", "sys/", status, time.monotonic() - began))
             pool.close()
         return _trouble(answer)
 
-    async def _send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None, mount: str) -> Answer:
-        pool = self._pool
-        if pool is None or self._due_for_check():
-            pool = await self._current_pool()
-        if self._expected:
-            pool.expect(self._expected)
-            self._expected = 0
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        mount: str,
+        asker: Asker,
+        room: Room | None,
+    ) -> Answer:
+        pool = await self.connections.pool()
         began, status = time.monotonic(), 0
         failure: VaultUnavailable | None = None
         flight = self.watch.began(self.look)
         try:
-            answer = await self._exchange(pool, method, path, headers, body)
+            answer = await self._exchange(pool, method, path, {**self._headers, **headers}, body, asker, room)
             status = answer.status
             return answer
         except VaultUnavailable as error:
             failure = error
+            raise
+        except NoRoom as error:
+            status = error.status
             raise
         finally:
             self._telemetry.record(VaultRequest(self.server, method, mount, status, time.monotonic() - began))
             self.watch.ended(flight, status, failure)
 
     async def _exchange(
-        self, pool: Pool, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+        self,
+        pool: Pool,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        asker: Asker,
+        room: Room | None,
     ) -> Answer:
         try:
             response = await pool.request(method, self._base + path, headers, body, limit=LARGE_BODY_BYTES)
             try:
-                small = response.whole and len(response.body) <= LARGE_BODY_BYTES
-                parsed = _parse(response.body) if small else await self._large(response)
+                if response.whole and len(response.body) <= SMALL_BODY_BYTES:
+                    size, parsed = size_parsed(response.body), _parse(response.body)
+                else:
+                    size, parsed = await self._large(response, asker.owner or self.server, room)
+            except NoRoom as error:
+                error.status = response.status
+                raise
             finally:
                 response.close()
         except HttpFailure as error:
             raise _failure(error, self.server.address) from error
-        return Answer(self.server.address, response.status, parsed, response)
+        return Answer(self.server.address, response.status, parsed, size, response)
 
-    async def _large(self, response: Response) -> dict[str, Any] | None:
-        """Read and parse what is left of a large answer, when it is its turn."""
-        await self._large_bodies.take(self.server)
-        limit = asyncio.timeout(LARGE_BODY_SECONDS)
+    async def _large(self, response: Response, owner: Hashable, room: Room | None) -> tuple[int, dict[str, Any] | None]:
+        """Read what is left of a large answer, and parse it, each when it is its turn; and about what it takes."""
+        if response.whole and len(response.body) <= LARGE_BODY_BYTES:
+            return await self._parse_in_turn(response.body, owner, room)
+        await self._large_bodies.take(owner)
         try:
-            async with limit:
-                await response.read_on(MAX_RESPONSE_BYTES)
+            if room is not None:
+                room.check()
+            try:
+                async with asyncio.timeout(LARGE_BODY_SECONDS):
+                    await response.read_on(MAX_RESPONSE_BYTES)
+            except TimeoutError as error:
+                raise ExchangeBroken(f"the rest of a large answer did not come in {LARGE_BODY_SECONDS:g} s") from error
             if len(response.body) > MAX_RESPONSE_BYTES:
                 raise self._too_large(f"more than {MAX_RESPONSE_BYTES // MIB} MiB")
-            if not await asyncio.to_thread(_may_be_parsed, response.body):
-                raise self._too_large(f"JSON of more than {MAX_JSON_MARKS:,} parts")
-            return await asyncio.to_thread(_parse, response.body)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise ExchangeBroken(f"the rest of a large answer did not come in {LARGE_BODY_SECONDS:g} s") from error
+            return await self._parse_in_turn(response.body, owner, room)
         finally:
-            self._large_bodies.give(self.server)
+            self._large_bodies.give(owner)
+
+    async def _parse_in_turn(
+        self, raw: bytearray, owner: Hashable, room: Room | None
+    ) -> tuple[int, dict[str, Any] | None]:
+        """Parse it if its mount has room for it. Python's parser holds the loop, in a thread too: one at a time."""
+        await self._parsing.take(owner)
+        try:
+            if room is not None:
+                room.check()
+            marks = await asyncio.to_thread(count_marks, raw)
+            if marks > MAX_JSON_MARKS:
+                raise self._too_large(f"JSON of more than {MAX_JSON_MARKS:,} parts")
+            size = size_parsed(raw, marks)
+            if room is not None:
+                room.check(size)
+            return size, await asyncio.to_thread(_parse, raw)
+        finally:
+            self._parsing.give(owner)
 
     def _too_large(self, size: str) -> VaultUnavailable:
         return VaultUnavailable(
             f"Vault at {self.server.address} answered {size}", "a volume holds at most 4 MiB; name a smaller secret"
-        )
-
-    async def close(self) -> None:
-        """Let go of the connections: idle ones now, each other one with its answer. A later send opens new ones."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
-
-    async def _current_pool(self) -> Pool:
-        async with self._opening:
-            if self._pool is not None and not self._due_for_check():
-                return self._pool
-            self._checked_at = self.clock.now()
-            if not self._needs_tls:
-                self._pool = self._pool or self._open_pool(None)
-                return self._pool
-            marks = await asyncio.to_thread(fingerprint, self.server.tls)
-            if self._pool is not None and marks == self._marks:
-                return self._pool
-            try:
-                context = await asyncio.to_thread(make_context, self.server.tls)
-            except VaultUnavailable as error:
-                if self._pool is None:
-                    self._checked_at = float("-inf")
-                    raise
-                # A file that is being replaced may be half there: what worked goes on working.
-                _log.warning("TLS files for %s changed and cannot be used yet: %s", self.server.address, error.what)
-                return self._pool
-            old, self._pool, self._context, self._marks = self._pool, self._open_pool(context), context, marks
-            if old is not None:
-                _log.info("TLS files for %s changed on disk; new connections use them", self.server.address)
-                old.close()
-            return self._pool
-
-    def _due_for_check(self) -> bool:
-        return self._needs_tls and self.clock.now() >= self._checked_at + TLS_CHECK_SECONDS
-
-    def _open_pool(self, context: ssl.SSLContext | None) -> Pool:
-        origin = Origin(
-            self._host or "localhost",
-            self._port,
-            context if self._secure else None,
-            self.server.tls.server_name,
-            self._socket_path,
-            usable_proxy(self._proxy, context) if self._proxy else None,
-        )
-        return Pool(
-            origin,
-            lookups=self._lookups,
-            limit=self._max_connections,
-            connect_seconds=CONNECT_SECONDS,
-            headers=self._headers,
         )
 
 
@@ -323,10 +291,6 @@ def _trouble(answer: Answer) -> tuple[str, str]:
         f"it or what is in front of it answers {answer.status}",
         "check Vault and any load balancer in front of it; kubelet tries again by itself",
     )
-
-
-def _may_be_parsed(raw: bytearray) -> bool:
-    return sum(raw.count(mark) for mark in _JSON_MARKS) <= MAX_JSON_MARKS
 
 
 def _parse(raw: bytearray) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from provider.spc import VaultServer
 from provider.telemetry.events import BreakerChanged, Telemetry
 from provider.vault.breaker import Breaker, State
 from provider.vault.failures import NotSent
+from provider.vault.looks import LookQueue, Looks
 from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ Look: TypeAlias = Callable[[], Awaitable[tuple[str, str]]]
 
 
 class Asker(NamedTuple):
-    """For whom a request goes out. ``owner`` takes turns with others; None never waits for them.
+    """For whom a request goes out. ``owner`` takes turns with others; ``reads`` are what a class asks for.
 
     ``mount`` tells mounts apart, and is None for what is none: that is refused at once while Vault is away, a mount
     after PATIENCE_SECONDS ``since`` the event loop's time.
@@ -47,13 +48,23 @@ class Asker(NamedTuple):
     owner: object = None
     mount: int | None = None
     since: float = -math.inf
+    reads: bool = False
 
 
 class Watch:
-    """Over one Vault: an address, and how its TLS is verified; whatever the namespace."""
+    """Over one Vault: an address, and how its TLS is verified; whatever the namespace.
 
-    def __init__(self, server: VaultServer, *, clock: Clock, telemetry: Telemetry) -> None:
+    Looks at it wait in ``queue``, with those of others at the same place, and take part in ``looks``. ``own`` says that
+    it is the daemon's own Vault.
+    """
+
+    def __init__(
+        self, server: VaultServer, *, clock: Clock, telemetry: Telemetry, looks: Looks, queue: LookQueue, own: bool
+    ) -> None:
         self.server = server
+        self._all_looks = looks
+        self._queue = queue
+        self._own = own
         self.queues: WeakSet[Turns] = WeakSet()
         """Where requests wait that are to be told when Vault is away."""
         self._clock = clock
@@ -109,7 +120,7 @@ class Watch:
             self._heard_at = asyncio.get_running_loop().time()
             if status < 500:
                 if self._breaker.state is not State.THERE:
-                    self._found()
+                    self._answered()
                 return
         if isinstance(failure, NotSent):
             self._lost(look, *_reason(failure))
@@ -162,9 +173,16 @@ class Watch:
                 queue.dismiss()
         self._plan()
 
+    def _answered(self) -> None:
+        away = self._breaker.state is State.AWAY
+        self._found()
+        if away:
+            self._queue.found()
+
     def _found(self, was: State | None = None) -> None:
         away, refused = (was or self._breaker.state) is State.AWAY, self._breaker.refused
         self._breaker.find()
+        self._queue.leave(self._begin_look)
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
@@ -198,18 +216,25 @@ class Watch:
         """Have the next look begin when it is due."""
         due = self._breaker.next_probe()
         if self._next_look is None and due < math.inf:
-            self._next_look = asyncio.get_running_loop().call_at(due, self._begin_look)
+            self._next_look = asyncio.get_running_loop().call_at(due, self._queue_up)
 
-    def _begin_look(self) -> None:
+    def _queue_up(self) -> None:
+        # Until it is its turn no other one is planned.
+        self._queue.ask(self._begin_look, own=self._own)
+
+    def _begin_look(self) -> bool:
         self._next_look = None
         look, was = self._look, self._breaker.state
         if look is None or not self._breaker.probe(asyncio.get_running_loop().time()):
             self._found(was)
-            return
+            return False
         task = asyncio.create_task(self._take_look(look))
+        ended = self._all_looks.began()
         self._looks.add(task)
         task.add_done_callback(self._looks.discard)
+        task.add_done_callback(lambda _: ended())
         self._plan()
+        return True
 
     async def _take_look(self, look: Look) -> None:
         trouble, advice = "", ""
@@ -227,7 +252,7 @@ class Watch:
             self._lost(None, trouble, advice)
         else:
             self._heard_at = asyncio.get_running_loop().time()
-            self._found()
+            self._answered()
 
 
 def _reason(failure: VaultUnavailable) -> tuple[str, str]:
