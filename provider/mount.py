@@ -30,7 +30,7 @@ from provider.sessions import Fetched, Read, Sessions
 from provider.spc import MountSpec, ObjectSpec, SecretRequest
 from provider.spc.paths import clashes
 from provider.telemetry.events import Kind, Mounted, MountedObject, Supply, Telemetry
-from provider.vault import Auth, VaultSecret, VaultServers
+from provider.vault import Auth, Room, VaultSecret, VaultServers
 from provider.versions import Versions
 
 _log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class Mounter:
         self._tell(spec, spec.warnings, logging.WARNING)
         try:
             async with asyncio.timeout(self._timeout):
-                with self._sessions.mounting(spec):
-                    done = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout)
+                with self._sessions.mounting(spec) as room:
+                    done = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout, room)
         except TimeoutError as error:
             raise OutOfTime(
                 f"the mount took longer than {self._timeout:g} s; Vault at {spec.server.address} was still to answer",
@@ -182,7 +182,7 @@ class Mounter:
         while len(self._told) > MAX_TOLD:
             self._told.popitem(last=False)
 
-    async def _mount(self, spec: MountSpec, deadline: float) -> _Done:
+    async def _mount(self, spec: MountSpec, deadline: float, room: Room) -> _Done:
         async def login(until: float) -> Auth:
             vault = self._servers.get(spec.server, spec.pod.uid)
             return await log_in(vault, spec, self._tokens, until, telemetry=self._telemetry)
@@ -191,7 +191,7 @@ class Mounter:
         if shaped:
             await self._renderer.check(shaped, spec.pod.namespace)
         reads, distinct = self._plan(spec.objects)
-        key, fetching = self._version_key.known, self._sessions.fetch(spec, distinct, login, deadline)
+        key, fetching = self._version_key.known, self._sessions.fetch(spec, distinct, login, deadline, room)
         if key is not None:
             fetched = await fetching
         else:

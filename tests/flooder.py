@@ -19,8 +19,10 @@ from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
 from tests.spc_hostile import CLASSES
 
-KINDS = ("objects", "classes")
-"""What it floods with: a class of many objects, or classes that are hostile and another one each time."""
+KINDS = ("objects", "answers", "classes")
+"""What it floods with: a class of many objects, one of many large ones, or classes that are hostile and another one
+each time.
+"""
 
 
 async def flood(socket: str, kind: str, calls: int) -> None:
@@ -36,7 +38,7 @@ async def flood(socket: str, kind: str, calls: int) -> None:
     async def keep_mounting(stub: service_pb2_grpc.CSIDriverProviderAsyncStub) -> None:
         while not over.done():
             number = next(numbers)
-            objects = given["objects"] if kind == "objects" else f"{hostile}\n# {number}"
+            objects = f"{hostile}\n# {number}" if kind == "classes" else given["objects"]
             request = pb.MountRequest(
                 attributes=json.dumps({**given, "objects": objects}),
                 secrets="null",
@@ -50,6 +52,8 @@ async def flood(socket: str, kind: str, calls: int) -> None:
                 outcome, message = error.code().name, error.details() or ""
                 if "in a minute" in message:
                     outcome = "REFUSED"
+                elif "in memory" in message:
+                    outcome = "TOO_LARGE"
             outcomes[outcome] += 1
             messages.setdefault(outcome, message[:300])
 

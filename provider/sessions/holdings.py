@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Final
 
 from provider.clock import Clock
@@ -18,16 +18,19 @@ from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import SecretRequest
 from provider.telemetry.events import Kind, LeaseView, Supply
-from provider.vault import VaultSecret
+from provider.vault import Held, VaultSecret
 
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
 MAX_STATIC: Final = 4 * MAX_OBJECTS
 
 
 class Holdings:
-    """Tokens, the newest last; credentials that are kept; and volumes, by target path, that ask for them."""
+    """Tokens, the newest last; credentials that are kept; and volumes, by target path, that ask for them.
 
-    def __init__(self, clock: Clock, renew_percent: float) -> None:
+    ``hold`` lends so many bytes for what volumes remember, where there are so many.
+    """
+
+    def __init__(self, clock: Clock, renew_percent: float, hold: Callable[[int], Held | None]) -> None:
         self.tokens: list[HeldToken] = []
         self.kept: dict[SecretRequest, Kept] = {}
         self.changed = False
@@ -38,6 +41,7 @@ class Holdings:
         self._static: set[SecretRequest] = set()
         # Requests whose last answer on a mount of its own was a certificate.
         self._fresh_certificates: set[SecretRequest] = set()
+        self._hold = hold
         self._clock = clock
         self._percent = renew_percent
         # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
@@ -172,6 +176,12 @@ class Holdings:
                 shown.answers[read.request] = before if before and before[0] is secret else (secret, now)
             else:
                 lasting = False
+        # Given back before it is asked for anew.
+        shown.held = None
+        if shown.answers:
+            shown.held = self._hold(sum([secret.size for secret, _ in shown.answers.values()]))
+            if shown.held is None:
+                shown.answers, lasting = {}, False  # read once more by the next mount
         # What is read each time is another answer each time, and its files are held no longer than their mount.
         shown.made = (answers, made) if lasting and made is not None else None
 

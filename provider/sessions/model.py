@@ -14,7 +14,7 @@ from provider.errors import ProviderError
 from provider.sessions.lifetime import ROUNDING_SECONDS, Lifetime
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.telemetry.events import Kind, Supply
-from provider.vault import Auth, VaultSecret
+from provider.vault import Auth, Held, VaultSecret
 
 # docs/contract.md section 1: kubelet re-mounts about every 60 to 90 s, and the driver may skip one of its own. Until a
 # volume has shown its interval, this is taken for it.
@@ -162,6 +162,8 @@ class Volume:
     mounted_at: float | None = None
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS))
     answers: dict[SecretRequest, tuple[VaultSecret, float]] = field(default_factory=dict, repr=False)
+    held: Held | None = field(default=None, repr=False)
+    """What those take in memory."""
     made: tuple[Mapping[Read, VaultSecret], object] | None = field(default=None, repr=False)
     """The answers of the last mount and what it made of them, while all of them may be answered again from memory."""
 

@@ -20,7 +20,7 @@ from provider.settings import Settings
 from provider.spc import MountSpec
 from provider.state import StateDir, StateUnusable
 from provider.telemetry.events import SessionView, Telemetry
-from provider.vault import EngineMount, VaultSecret, VaultServers
+from provider.vault import EngineMount, Memory, Room, VaultSecret, VaultServers
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Sessions:
         self._unusable = ""
         self._looked_for_files_at = -math.inf
         self._shared = SharedReads(clock, telemetry, enabled=settings.share_reads)
+        self._memory = Memory()
         self._around = Surroundings(
             clock,
             self._shared,
@@ -71,6 +72,7 @@ class Sessions:
             lambda: self._state,
             asyncio.Semaphore(MAX_REVOKING),
             telemetry,
+            self._memory.remembered,
         )
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
         self._by_pod: dict[str, list[Session]] = {}
@@ -87,13 +89,18 @@ class Sessions:
     # -- mounts ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def mounting(self, spec: MountSpec) -> Iterator[None]:
-        """A mount is under way: its session stays, whatever ``cache_size`` says, until the context ends."""
+    def mounting(self, spec: MountSpec) -> Iterator[Room]:
+        """A mount is under way: its session stays, whatever ``cache_size`` says, until the context ends.
+
+        Its answers are counted in the room that this gives, for as long.
+        """
         identity = identity_of(spec)
         self._mounting[identity] = self._mounting.get(identity, 0) + 1
+        room = self._memory.room(spec.pod.namespace)
         try:
-            yield
+            yield room
         finally:
+            room.close()
             self._mounting[identity] -= 1
             if not self._mounting[identity]:
                 del self._mounting[identity]
@@ -102,7 +109,9 @@ class Sessions:
                     self._remove(session)  # who cannot log in takes no place from who can
             self._shrink()
 
-    async def fetch(self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float) -> Fetched:
+    async def fetch(
+        self, spec: MountSpec, reads: Sequence[Read], log_in: LogIn, deadline: float, room: Room
+    ) -> Fetched:
         """The answer, or the error, to each of ``reads``. ``deadline`` is in the event loop's time."""
         await self._await_state(deadline)
         identity = identity_of(spec)
@@ -112,7 +121,7 @@ class Sessions:
             session = self._add(Session(identity, spec.pod, vault, self._around))
         self._sessions.move_to_end(identity)
         session.class_name = spec.class_name
-        return await session.fetch(spec.target_path, reads, log_in, deadline, spec.objects)
+        return await session.fetch(spec.target_path, reads, log_in, deadline, spec.objects, room)
 
     def settle(self, spec: MountSpec, answers: Mapping[Read, VaultSecret], made: object = None) -> None:
         """The mount succeeded: its volume now asks for these reads and nothing else, under this identity alone.

@@ -41,7 +41,7 @@ from provider.telemetry.events import (
     Telemetry,
     Who,
 )
-from provider.vault import EngineMount, LeaseGone, RenewalRefused, Renewed, Vault, VaultSecret
+from provider.vault import EngineMount, LeaseGone, Loans, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -51,6 +51,10 @@ _T = TypeVar("_T")
 POLICY_LOGIN_SECONDS: Final = 300.0
 # What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
 ANSWER_SECONDS: Final = 300.0
+# How often a mount asks again for what had no room. Once is enough, but where it joins what another mount asks for.
+MAX_ROOM_TRIES: Final = 3
+# Reads of such a mount at one time: where the first few fill its room, Vault need not answer fifty.
+LARGE_AT_ONCE: Final = 8
 # One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
 RENEWAL_SECONDS: Final = 30.0
 # The methods that kv gives a user's keys to.
@@ -70,6 +74,7 @@ class Surroundings:
     state: Callable[[], StateDir | None]
     revoking: asyncio.Semaphore
     telemetry: Telemetry
+    remembered: Loans
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class _Mount:
     deadline: float
     class_name: str
     objects: Sequence[ObjectSpec]
+    room: Room
 
     def objects_of(self, read: Read) -> list[ObjectSpec]:
         """The objects that are made of the answer to ``read``."""
@@ -104,20 +110,29 @@ class Session:
         self._vault = vault
         self._around = around
         self._clock = around.clock
-        self._has = Holdings(around.clock, around.renew_percent)
+        self._has = Holdings(
+            around.clock, around.renew_percent, functools.partial(around.remembered.hold, pod.namespace)
+        )
         self._under_way: dict[object, asyncio.Task[Any]] = {}
+        self._crowded = False  # whether an answer to the last mount that asked Vault had no room
         self._policy_login_at = float("-inf")
         self.file = SessionFile(identity.key, around.state, around.clock, self._has, self._snapshot)
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
     async def fetch(
-        self, volume: str, reads: Sequence[Read], log_in: LogIn, deadline: float, objects: Sequence[ObjectSpec]
+        self,
+        volume: str,
+        reads: Sequence[Read],
+        log_in: LogIn,
+        deadline: float,
+        objects: Sequence[ObjectSpec],
+        room: Room,
     ) -> Fetched:
         """The answer to each of ``reads``, or the error that it failed with.
 
         ``log_in`` is called when a new token is needed. ``deadline`` is in the event loop's time. ``objects`` are what
-        the reads are for.
+        the reads are for, and in ``room`` the answers are kept.
         Where the login fails, all of them have the one error object in common.
         """
         self.mounted_at = self._clock.now()
@@ -127,11 +142,13 @@ class Session:
             async with self.file.held():  # another daemon wrote; know what it did before answering from memory
                 pass
         began = self._has.newest.serial if self._has.newest else -1
-        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, class_name, objects)
+        mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, class_name, objects, room)
         at_hand: dict[Read, Supply] = {}
-        answers = await self._all(reads, mount, at_hand)
+        ask = self._few_at_once if self._crowded else self._all
+        answers = await ask(reads, mount, at_hand)
         # A read beside it may have shown that the token, and so a kept credential, is dead since it was handed out.
         if len(at_hand) < len(reads):
+            answers = await self._with_room(answers, mount, at_hand)
             void = [read for read in reads if self._has.is_void(read, answers[read])]
             if void:
                 answers |= await self._all(void, mount, at_hand)
@@ -169,10 +186,12 @@ class Session:
         if len(found) == len(reads):
             return answers
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
+        others = set(self._under_way.values()) if self._under_way else ()
         for read in reads:
             if read not in found:
                 at_hand.pop(read, None)
-                asked[read] = self._ask(read, mount)
+                task = self._ask(read, mount)
+                asked[read] = asyncio.create_task(self._joined(task, mount)) if task in others else task
         if self._token_at_hand(mount) is None:
             self._vault.expect(len(asked))
         # It leaves the tasks alone when the caller goes away.
@@ -184,6 +203,33 @@ class Session:
             answers[read] = task.result() if error is None else error
         return answers
 
+    async def _with_room(self, answers: Answers, mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
+        """Ask once more for what had no room in memory: now, while no read of the mount is under way, it may wait."""
+        self._crowded = any(isinstance(answer, NoRoom) for answer in answers.values())
+        if not self._crowded:
+            return answers
+        for _ in range(MAX_ROOM_TRIES):
+            crowded = [
+                read
+                for read, answer in answers.items()
+                # What another mount had no room for, and this one joined, says nothing about the room that is here.
+                if isinstance(answer, NoRoom) and (answer.passing or answer.room is not mount.room)
+            ]
+            if not crowded:
+                break
+            try:
+                await mount.room.widen(mount.deadline)
+            except NoRoom as error:
+                return answers | dict.fromkeys(crowded, error)
+            answers |= await self._few_at_once(crowded, mount, at_hand)
+        return answers
+
+    async def _few_at_once(self, reads: Sequence[Read], mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
+        answers: Answers = {}
+        for first in range(0, len(reads), LARGE_AT_ONCE):
+            answers |= await self._all(reads[first : first + LARGE_AT_ONCE], mount, at_hand)
+        return answers
+
     def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
@@ -191,6 +237,12 @@ class Session:
         newest = self._has.newest
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
+
+    async def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> VaultSecret:
+        """What another mount's task brings; it is kept here too."""
+        secret = await asyncio.shield(task)
+        mount.room.take(secret.size, leased=secret.leased)
+        return secret
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
@@ -233,7 +285,9 @@ class Session:
         shared = self._around.shared
         token.spend()
         try:
-            return await shared.read(self._vault, request, token.auth, mount.deadline), token
+            secret = await shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
+            mount.room.take(secret.size, leased=secret.leased)
+            return secret, token
         except AccessDenied:
             if token.serial > mount.began:
                 raise
@@ -241,7 +295,8 @@ class Session:
             if fresh is None:
                 raise
         fresh.spend()
-        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline)
+        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline, mount.room)
+        mount.room.take(secret.size, leased=secret.leased)
         if not token.dead and "default" not in token.auth.policies:
             # Without the default policy a token may not look itself up, so that alone proved nothing; this does.
             self._bury(token)

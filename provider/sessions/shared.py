@@ -14,7 +14,7 @@ from provider.errors import VaultUnavailable
 from provider.redact import Sensitive
 from provider.spc import SecretRequest, VaultServer
 from provider.telemetry.events import ReadShared, Telemetry
-from provider.vault import Auth, EngineMount, Vault, VaultSecret, VaultUnreachable
+from provider.vault import Auth, EngineMount, Room, Vault, VaultSecret, VaultUnreachable
 
 # A mount that is disabled and enabled again as another engine is a rare event; this bounds how long it is missed.
 KNOWN_FOR_SECONDS: Final = 600.0
@@ -38,16 +38,18 @@ class SharedReads:
         self._reads: dict[object, asyncio.Future[VaultSecret | VaultUnreachable | None]] = {}
         self._asking: dict[tuple[VaultServer, str], asyncio.Task[None]] = {}
 
-    async def read(self, vault: Vault, request: SecretRequest, auth: Auth, deadline: float) -> VaultSecret:
-        """The answer to ``request``: one in flight where it may be shared, else one of our own.
+    async def read(
+        self, vault: Vault, request: SecretRequest, auth: Auth, deadline: float, room: Room | None = None
+    ) -> VaultSecret:
+        """The answer to ``request``: one in flight where it may be shared, else one of our own, for this ``room``.
 
         Raises what ``Vault.read`` raises.
         """
         if request.method != "GET" or request.body is not None:
-            return await vault.read(request, auth.token, deadline)
+            return await vault.read(request, auth.token, deadline, room=room)
         engine = self._known(vault.server, request.path)
         if engine is None:
-            secret = await vault.read(request, auth.token, deadline)
+            secret = await vault.read(request, auth.token, deadline, room=room)
             if not auth.num_uses:  # it may be used up by now
                 self._learn(vault, request.path, auth.token)
             return secret
@@ -55,7 +57,7 @@ class SharedReads:
         again = engine.kind == "kv" and not auth.num_uses
 
         if not self._enabled or engine.kind != "kv" or not auth.entity_id:
-            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
+            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again, room=room)
         key = (vault.server, auth.entity_id, auth.policies, request)
         leader = self._reads.get(key)
         if leader is not None:
@@ -65,13 +67,15 @@ class SharedReads:
             if shared is not None:
                 self._telemetry.record(ReadShared(vault.server))
                 return shared
-            # It failed, but under another pod's token, and within another mount's time.
-            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
+            # It failed, but under another pod's token, within another mount's time and room.
+            return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again, room=room)
         # Whoever asks for the same meanwhile has the answer too.
         future = self._reads[key] = asyncio.get_running_loop().create_future()
         result: VaultSecret | VaultUnreachable | None = None
         try:
-            result = secret = await vault.read(request, auth.token, deadline, mount=engine.path, resend=again)
+            result = secret = await vault.read(
+                request, auth.token, deadline, mount=engine.path, resend=again, room=room
+            )
         except VaultUnreachable as error:
             result = error
             raise

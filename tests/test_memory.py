@@ -1,0 +1,384 @@
+"""What Vault's answers take in memory: counted, bounded for all mounts together, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+from provider.clock import SystemClock
+from provider.errors import Code, MountFailed, ProviderError
+from provider.redact import Sensitive
+from provider.settings import TlsSettings
+from provider.spc import SecretRequest, VaultServer
+from provider.vault import Memory, NoRoom, Room, VaultServers, adapter, memory, transport
+from provider.vault.memory import (
+    ALL_SMALL_ANSWERS_BYTES,
+    LARGE_MOUNTS,
+    LEASED_BYTES,
+    MAX_ANSWERS_BYTES,
+    SMALL_ANSWERS_BYTES,
+    size_parsed,
+)
+from tests.stand.faulty import Answer, Faulty
+from tests.stand.simnode import Stage, credential, wanted
+from tests.stand.simtime import simulated
+
+LARGE = 2 * SMALL_ANSWERS_BYTES
+
+
+def soon(seconds: float = 5) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+def refused(attempt: Callable[[], object]) -> NoRoom:
+    with pytest.raises(NoRoom) as told:
+        attempt()
+    return told.value
+
+
+def is_whole(told: Memory) -> bool:
+    """Whether everything that was lent and held is back."""
+    return (told.small.free, told.small._lent, told.places.free) == (ALL_SMALL_ANSWERS_BYTES, {}, LARGE_MOUNTS)
+
+
+# --- one mount --------------------------------------------------------------------------------------------
+
+
+async def test_a_usual_mount_needs_no_place() -> None:
+    """However many there are: the answers of each are small."""
+    shared = Memory()
+    rooms = [shared.room("shop") for _ in range(200)]
+    for room in rooms:
+        for _ in range(50):
+            room.check()
+            room.take(2000)
+    assert shared.places.free == LARGE_MOUNTS
+    for room in rooms:
+        room.close()
+    assert is_whole(shared)
+
+
+async def test_a_large_mount_has_a_place_at_once() -> None:
+    """Where one is free nothing is read twice; and what it was lent as a small one is there for others."""
+    shared = Memory()
+    room = shared.room("shop")
+    room.take(SMALL_ANSWERS_BYTES)
+    room.take(LARGE)
+    assert shared.places.free == LARGE_MOUNTS - 1
+    assert shared.small.free == ALL_SMALL_ANSWERS_BYTES
+    room.close()
+    assert is_whole(shared)
+
+
+async def test_no_mount_takes_more_than_any_may() -> None:
+    """It is told what to do, and reads that are not sent yet are not worth sending."""
+    room = Memory().room("shop")
+    for _ in range(4):
+        room.take(MAX_ANSWERS_BYTES // 4)
+    room.check()
+    error = refused(lambda: room.take(1))
+    assert error.code is Code.FAILED_PRECONDITION
+    assert not error.passing
+    assert "more than 32 MiB in memory: name fewer or smaller secrets" in str(error)
+    assert not refused(room.check).passing
+
+
+async def test_one_answer_that_is_too_large() -> None:
+    """It is known before it is parsed."""
+    room = Memory().room("shop")
+    assert not refused(lambda: room.check(MAX_ANSWERS_BYTES + 1)).passing
+
+
+# --- many -------------------------------------------------------------------------------------------------
+
+
+def placed(shared: Memory, *owners: str) -> list[Room]:
+    """Mounts of these owners that have a place each."""
+    rooms = [shared.room(owner) for owner in owners]
+    for room in rooms:
+        room.take(LARGE)
+    return rooms
+
+
+async def test_who_finds_no_place_waits_for_one() -> None:
+    """The answer is let go, and has room once a mount has ended."""
+    shared = Memory()
+    rooms = placed(shared, "a", "b", "c")
+    room = shared.room("d")
+    room.take(1000)
+    error = refused(lambda: room.take(LARGE))
+    assert error.passing
+    assert error.room is room
+    assert refused(room.check).passing
+    waiting = asyncio.create_task(room.widen(soon()))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    rooms[0].close()
+    await waiting
+    room.check()
+    room.take(LARGE)
+    for held in (room, *rooms[1:]):
+        held.close()
+    assert is_whole(shared)
+
+
+async def test_a_namespace_leaves_a_place_to_others() -> None:
+    """A tenant's many large mounts have all places but one; another namespace's has that at once."""
+    shared = Memory()
+    placed(shared, *["tenant"] * (LARGE_MOUNTS - 1))
+    assert refused(lambda: placed(shared, "tenant")).passing
+    placed(shared, "other")
+
+
+async def test_a_namespace_leaves_small_mounts_their_memory() -> None:
+    """A tenant's thousands of mounts, each just small enough, come to half of it; others' still need no place."""
+    shared = Memory()
+    for _ in range(1000):
+        try:
+            shared.room("tenant").take(SMALL_ANSWERS_BYTES)
+        except NoRoom:
+            break
+    lent = ALL_SMALL_ANSWERS_BYTES - shared.small.free
+    assert lent <= ALL_SMALL_ANSWERS_BYTES // 2
+    places = shared.places.free
+    for _ in range(10):
+        shared.room("other").take(SMALL_ANSWERS_BYTES)
+    assert shared.places.free == places
+
+
+async def test_who_waits_in_vain_is_told_so() -> None:
+    """Before the mount's time is over, and that kubelet tries again."""
+    shared = Memory()
+    placed(shared, "a", "b", "c")
+    room = shared.room("d")
+    with pytest.raises(NoRoom, match=r"mounts of large secrets take all the memory.*kubelet tries again"):
+        await room.widen(soon(1.05))
+
+
+async def test_who_goes_away_while_it_waits_holds_nothing() -> None:
+    """Its place is the next one's."""
+    shared = Memory()
+    rooms = placed(shared, "a", "b", "c")
+    room = shared.room("d")
+    waiting = asyncio.create_task(room.widen(soon()))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    for held in (room, *rooms):
+        held.close()
+    assert is_whole(shared)
+
+
+async def test_what_comes_after_the_mount_has_ended() -> None:
+    """A late answer may be a credential, which is kept; a large one is not."""
+    shared = Memory()
+    room = shared.room("a")
+    room.take(1000)
+    room.close()
+    room.take(1000, leased=True)
+    refused(lambda: room.take(LARGE))
+    assert is_whole(shared)
+
+
+async def test_a_credential_that_was_issued_is_not_lost() -> None:
+    """It has room where another answer has none, since it cannot be read once more; but only a small one."""
+    shared = Memory()
+    placed(shared, "a", "b", "c")
+    room = shared.room("d")
+    room.take(SMALL_ANSWERS_BYTES)
+    room.take(5000, leased=True)
+    refused(lambda: room.take(5000))
+    refused(lambda: room.take(LEASED_BYTES + 1, leased=True))
+
+
+async def test_nothing_is_ever_lost() -> None:
+    """Whatever mounts do, all is there again when they have ended."""
+    chance = random.Random(7)
+    shared = Memory()
+    rooms: list[Room] = []
+    for _ in range(3000):
+        if rooms and chance.random() < 0.3:
+            rooms.pop(chance.randrange(len(rooms))).close()
+            continue
+        rooms.append(shared.room(chance.choice("abc")))
+        room = chance.choice(rooms)
+        try:
+            room.take(chance.choice([500, 100_000, LARGE, MAX_ANSWERS_BYTES]), leased=chance.random() < 0.2)
+        except NoRoom as error:
+            if error.passing and chance.random() < 0.3:
+                with contextlib.suppress(NoRoom):
+                    await room.widen(soon(1.001))
+    for room in rooms:
+        room.close()
+    assert is_whole(shared)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------
+
+
+def in_memory(value: object, seen: set[int]) -> int:
+    """Bytes of a value and all below it, each object once."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    below = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return sys.getsizeof(value) + sum(in_memory(item, seen) for item in below)
+
+
+SHAPES = {
+    "empty lists": b"[" + b"[]," * 5000 + b"[]]",
+    "objects of one": b"[" + b'{"":1},' * 5000 + b"{}]",
+    "nested objects": b'{"":' * 300 + b"1" + b"}" * 300,
+    "lists of one": b"[" + b"[[0]]," * 5000 + b"0]",
+    "many keys": json.dumps({str(number): str(number) for number in range(5000)}).encode(),
+    "short texts": json.dumps([f"{number:03}" for number in range(1000)] * 3, separators=(",", ":")).encode(),
+    "numbers": json.dumps([number + 0.5 for number in range(5000)], separators=(",", ":")).encode(),
+    "one text": json.dumps("x" * 100_000).encode(),
+    "one wide text": json.dumps("x" * 100_000 + "\N{GRINNING FACE}", ensure_ascii=False).encode(),
+    "one wide text, escaped": json.dumps("x" * 100_000 + "\N{GRINNING FACE}").encode(),
+    "short wide texts": json.dumps([f"\N{WHITE SMILING FACE}{number}" for number in range(3000)]).encode(),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_json_takes_is_known_before(shape: str) -> None:
+    """No shape of JSON takes much more than is reckoned, nor the usual ones much less."""
+    raw = SHAPES[shape]
+    taken = in_memory(json.loads(raw), set())
+    assert size_parsed(bytearray(raw)) >= 0.85 * taken
+    assert size_parsed(bytearray(raw)) <= 12 * taken
+
+
+# --- mounts -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes more than some kilobytes is large."""
+    monkeypatch.setattr(memory, "SMALL_ANSWERS_BYTES", 6_000)
+    monkeypatch.setattr(memory, "MAX_ANSWERS_BYTES", 60_000)
+    monkeypatch.setattr(memory, "REMEMBERED_BYTES", 30_000)
+
+
+def large(stage: Stage, name: str, size: int = 4_000) -> None:
+    stage.vault.kv[f"secret/data/{name}"] = {"data": {"key": name, "more": "x" * size}, "metadata": {}}
+
+
+async def mounted_together(stage: Stage, *, share_reads: bool) -> None:
+    """Twelve pods mount two volumes each, all at once, of a credential and the same five large secrets."""
+    names = [f"large-{number}" for number in range(5)]
+    for name in names:
+        large(stage, name)
+    node = stage.node(share_reads=share_reads)
+    pods = [stage.pod(f"pod-{number}") for number in range(12)]
+    await asyncio.gather(*(node.mount(pod, wanted("a", "secret/data/app", "password")) for pod in pods))
+    chance = random.Random(1)
+    mounts = []
+    for pod in pods:
+        for volume in ("/one", "/two"):
+            chance.shuffle(names)
+            files = [wanted(name, f"secret/data/{name}", "key") for name in names]
+            mounts.append(node.mount(pod, *credential(), *files, volume=volume))
+    began = stage.world.now()
+    for mounted in await asyncio.gather(*mounts):
+        assert {mounted[name] for name in names} == set(names)
+    assert stage.world.now() - began < 10
+    assert stage.vault.issued == len(pods)
+    assert is_whole(node.sessions._memory)
+
+
+@pytest.mark.usefixtures("little")
+@pytest.mark.parametrize("share_reads", [True, False])
+def test_large_mounts_that_share_reads_do_not_wait_for_each_other(share_reads: bool) -> None:
+    """Many more than there are places, of one namespace, each with reads that others wait for: all succeed, in no time
+    of the simulation to speak of, and what is issued is issued once.
+    """
+
+    @simulated
+    async def scene() -> None:
+        async with Stage() as stage:
+            await mounted_together(stage, share_reads=share_reads)
+
+    scene()
+
+
+@pytest.mark.usefixtures("little")
+@simulated
+async def test_volumes_of_one_pod_count_what_they_share() -> None:
+    """Both hold the answer that one of them asked for, each as long as its own mount takes."""
+    async with Stage() as stage:
+        large(stage, "large", 8_000)
+        large(stage, "slow", 1)
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, wanted("a", "secret/data/app", "password"))
+        files = [wanted(name, f"secret/data/{name}", "key") for name in ("large", "slow")]
+        with stage.vault.hold("secret/data/slow"):
+            mounts = [asyncio.create_task(node.mount(pod, *files, volume=volume)) for volume in ("/one", "/two")]
+            await asyncio.sleep(1)
+            assert stage.vault.count("secret/data/large") == 1
+            assert node.sessions._memory.places.free == LARGE_MOUNTS - 2
+        await asyncio.gather(*mounts)
+        assert is_whole(node.sessions._memory)
+
+
+@pytest.mark.usefixtures("little")
+@simulated
+async def test_what_volumes_remember_is_bounded() -> None:
+    """Where there is no memory for it, a volume's secrets are read at each mount; what is given up is there again."""
+    async with Stage() as stage:
+        for name in ("one", "two"):
+            large(stage, name, 10_000)
+        node, pod = stage.node(), stage.pod("a")
+        loans = node.sessions._memory.remembered
+        for _ in range(3):
+            for name in ("one", "two"):
+                await node.mount(pod, wanted(name, f"secret/data/{name}", "key", refresh_after=3600), volume=name)
+        assert [stage.vault.count(f"secret/data/{name}") for name in ("one", "two")] == [1, 3]
+        assert 10_000 < loans.free < 20_000
+        for name in ("one", "two"):
+            await node.mount(pod, wanted("a", "secret/data/app", "password"), volume=name)
+        assert (loans.free, loans._lent) == (30_000, {})
+
+
+@pytest.mark.usefixtures("little")
+@simulated
+async def test_reads_that_could_have_no_room_are_not_sent() -> None:
+    """A class of a thousand large secrets fails, says so, and has cost Vault little; the pod's other volumes mount."""
+    async with Stage() as stage:
+        for number in range(1000):
+            large(stage, f"large-{number}")
+        node, pod = stage.node(), stage.pod("a")
+        files = [wanted(f"file-{number}", f"secret/data/large-{number}", "key") for number in range(1000)]
+        with pytest.raises(
+            MountFailed, match=r"come to more than .* in memory .*name fewer or smaller secrets"
+        ) as told:
+            await node.mount(pod, *files)
+        assert told.value.code is Code.FAILED_PRECONDITION
+        assert stage.vault.count("secret/data/large") < 200
+        assert is_whole(node.sessions._memory)
+        assert await node.mount(pod, files[0], volume="/other") == {"file-0": "large-0"}
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 503])
+async def test_an_error_does_not_hold_the_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are kept until their mount ends, which may have a thousand: not with all that Vault said."""
+    monkeypatch.setattr(adapter, "FIRST_BACKOFF_SECONDS", 0.01)
+    servers = VaultServers(clock=SystemClock())
+    with Faulty() as faulty:
+        faulty.on("x", Answer(status, {"errors": ["no"], "data": {"long": "canary"}}))
+        vault = servers.get(VaultServer(faulty.address, "", TlsSettings()))
+        with pytest.raises(ProviderError) as told:
+            await vault.read(SecretRequest("GET", "x"), Sensitive("hvs.token"), soon())
+        await servers.close()
+    assert told.value.__cause__ is told.value.__context__ is None
+    # The first frame is this one.
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(told.value.__traceback__)][1:]
+    assert "canary" not in repr([value for local in frames for value in local.values()])
+    assert not any(isinstance(value, transport.Answer) for local in frames for value in local.values())
