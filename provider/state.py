@@ -37,6 +37,8 @@ _NONCE: Final = 12
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024
 # What a daemon left that died between writing a file and renaming it; a younger one may be at it.
 LEFTOVER_SECONDS: Final = 60.0
+# What was set aside is for whoever looks into it: the directory is memory of the node.
+ASIDE_SECONDS: Final = 7 * 86400.0
 _NAME: Final = re.compile(r"[0-9a-f]{32}\.session")
 _OUR_NAMES: Final = re.compile(r"[0-9a-f]{32}\.(?:session|lock)|directory\.lock")
 # Whatever stands in a file's place, opening it follows no link, and waits for nobody at the other end of a pipe.
@@ -78,10 +80,7 @@ class StateDir:
         self._failing = False
         self._too_large: set[str] = set()
         self._make()
-        with contextlib.suppress(OSError):  # on a disk that is read-only for now they are in nobody's way
-            for left in self._path.glob("*.session.*.new"):
-                if time.time() - left.lstat().st_mtime > LEFTOVER_SECONDS:
-                    left.unlink()
+        self._clear()
 
     def keys(self) -> list[str]:
         """The keys of all entries, readable or not."""
@@ -190,6 +189,26 @@ class StateDir:
                         self._rename_aside(name, "it belongs to another user")
         except OSError as error:
             raise StateUnusable(f"cannot use the state directory {self._path}: {error.strerror}") from error
+
+    def _clear(self) -> None:
+        """Remove what is of no use any more, if that can be: on a disk that is read-only it is in nobody's way."""
+        for pattern, seconds in (("*.session.*.new", LEFTOVER_SECONDS), ("*.aside", ASIDE_SECONDS)):
+            for left in self._path.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if time.time() - left.lstat().st_mtime > seconds:
+                        left.unlink()
+        for lock in self._path.glob("*.lock"):
+            entry = self._file(lock.stem)
+            if not _NAME.fullmatch(entry.name) or entry.exists():
+                continue
+            with contextlib.suppress(OSError):
+                descriptor = _open_file(lock, os.O_RDWR)
+                try:
+                    # Who holds it is about to write the entry, or has just removed both.
+                    if _try_lock(descriptor) and _same_file(descriptor, lock) and not entry.exists():
+                        lock.unlink()
+                finally:
+                    os.close(descriptor)
 
     def _open_lock(self, path: Path) -> int:
         try:

@@ -200,7 +200,7 @@ async def test_renewal_that_fails_on_a_bug_is_tried_again_later(
 
         (session,) = node.sessions.all()
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(session._vault, "renew_token", broken)
+            patch.setattr(type(session._vault), "renew_token", broken)
             await asyncio.sleep(0.8 * HOUR)
             assert 1 <= calls < 100
         await asyncio.sleep(HOUR)

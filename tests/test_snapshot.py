@@ -92,7 +92,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     token = st.builds(HeldToken, auths, lives, st.just(-1), uses, st.booleans(), st.booleans())
     tokens = draw(st.lists(token, min_size=1, max_size=3))
     volumes = st.sets(names, max_size=3)
-    kept = st.builds(Kept, requests, secrets, lives, st.sampled_from(tokens), volumes, st.floats(1, 99))
+    kept = st.builds(Kept, requests, secrets, lives, st.sampled_from(tokens), volumes)
     return Snapshot(Identity(server, login, pod.uid), pod, tokens, draw(st.lists(kept, max_size=3)))
 
 
@@ -135,7 +135,7 @@ def test_a_calendar_set_back_lengthens_no_life(snapshot: Snapshot, back: float) 
 
 def _example() -> dict[str, Any]:
     token = HeldToken(Auth(Sensitive("hvs.x"), "a", 60, True, "e", ("p",), 0), _life(0), -1, None)
-    kept = Kept(SecretRequest("GET", "x"), VaultSecret({"data": 1}, "x/1", 60, True), _life(0), token, {"/v"}, 67)
+    kept = Kept(SecretRequest("GET", "x"), VaultSecret({"data": 1}, "x/1", 60, True), _life(0), token, {"/v"})
     identity = Identity(VaultServer("http://v", "", TlsSettings()), Login("kubernetes", "app", None), "uid")
     return dump(Snapshot(identity, Pod("n", "p", "uid", "sa"), [token], [kept]), Readings())
 
@@ -192,7 +192,7 @@ def held(name: str, started: float = 0) -> HeldToken:
 
 
 def kept_of(token: HeldToken, user: str, started: float, *volumes: str) -> Kept:
-    return Kept(REQUEST, VaultSecret({"data": user}, f"id-{user}", 60, True), _life(started), token, set(volumes), 67)
+    return Kept(REQUEST, VaultSecret({"data": user}, f"id-{user}", 60, True), _life(started), token, set(volumes))
 
 
 def test_merge_takes_the_later_life_of_one_lease() -> None:

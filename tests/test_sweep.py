@@ -419,10 +419,13 @@ async def test_only_one_of_two_daemons_sweeps() -> None:
 
 @simulated
 async def test_nothing_is_swept_before_the_state_is_known() -> None:
-    """Until the HMAC key is there, and so the sessions of an earlier process, nothing is swept."""
+    """While the HMAC key is waited for, and with it the sessions of an earlier process, nothing is swept."""
     async with Stage() as stage:
         node, pod = stage.node(kept=True, key=Key(None)), stage.pod("a")
-        await node.mount(pod, *credential())
-        stage.remove(pod)
-        await asyncio.sleep(5 * SWEEP)
+        assert not node.sessions.may_sweep()
+        mounting = asyncio.create_task(node.mount(pod, *credential()))
+        await asyncio.sleep(1)
+        assert not node.sessions.may_sweep()
         assert stage.cluster.listed == 0
+        await mounting
+        assert node.sessions.may_sweep()

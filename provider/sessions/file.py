@@ -118,10 +118,10 @@ class SessionFile:
                 await self._write()
 
     async def flush(self) -> None:
-        """Write what changed, if anything did."""
+        """Write what changed, if anything did, also while others hold the file: their reads may take long."""
         if self._holdings.changed and not self._ended:
             async with self.held():
-                pass
+                await self.save()
 
     def end(self) -> None:
         """The session ends: nothing is written any more."""
@@ -134,6 +134,15 @@ class SessionFile:
             with contextlib.suppress(StateUnusable):
                 async with store.lock(self._key):
                     store.remove(self._key)
+
+    async def discard(self) -> None:
+        """Nothing came of the session: leave nothing behind. A file that another daemon wrote meanwhile stays."""
+        store = self._state()
+        if store is not None:
+            with contextlib.suppress(StateUnusable):
+                async with store.lock(self._key):
+                    if store.generation(self._key) is None:
+                        store.remove(self._key)
 
     async def _take(self) -> None:
         store = self._state()

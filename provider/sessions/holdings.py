@@ -76,7 +76,7 @@ class Holdings:
             if read.fresh:
                 continue
             kept = self.kept.get(read.request) if self.kept else None
-            if kept is not None and self.may_keep(kept, volume, interval, began):
+            if kept is not None and self.may_keep(kept, read, volume, interval, began):
                 found[read], supplies[read] = kept.secret, Supply.KEPT
                 continue
             secret, at = remembered.get(read.request, (None, 0.0))
@@ -84,15 +84,16 @@ class Holdings:
                 found[read], supplies[read] = secret, Supply.REMEMBERED
         return found, supplies
 
-    def may_keep(self, kept: Kept, volume: str, interval: float, began: int) -> bool:
+    def may_keep(self, kept: Kept, read: Read, volume: str, interval: float, began: int) -> bool:
         """Whether this mount of ``volume`` may have what is kept, and need bring no fresh one; then it asks for it.
 
-        ``began`` is the serial of the newest token when the mount began: what came under a later one is fresh.
+        ``read`` is how it asks now, whatever its class said when the credential was issued. ``began`` is the serial of
+        the newest token when the mount began: what came under a later one is fresh.
         """
         now = self._clock.now()
         if not kept.lives(now):
             return False
-        if must_replace(kept.life, kept.carrier, now, interval, kept.percent) and kept.token.serial <= began:
+        if must_replace(kept.life, kept.carrier, now, interval, read.renew_percent) and kept.token.serial <= began:
             return False
         if volume not in kept.volumes:
             kept.volumes.add(volume)
@@ -151,16 +152,15 @@ class Holdings:
     def settle(self, volume: str, answers: Mapping[Read, VaultSecret], made: object = None) -> bool:
         """A mount of ``volume`` succeeded with ``answers``: what it does not ask for any more is let go.
 
-        ``made`` is what it made of them. Returns whether it was a re-mount.
+        ``made`` is what it made of them. Returns whether the volume has shown that rotation is on.
         """
         shown = self._volumes.setdefault(volume, Volume())
-        again = shown.mounted_at is not None
         shown.mounted(self._clock.now())
         if shown.made is None or shown.made[0] is not answers:
             self._note(shown, volume, answers, made)
         if self.kept:
             self._drop(volume, keep={read.request for read in answers if not read.fresh})
-        return again
+        return shown.rotates
 
     def _note(self, shown: Volume, volume: str, answers: Mapping[Read, VaultSecret], made: object) -> None:
         """Note who gave ``answers``: what is kept, and what may be answered from memory for a while."""
@@ -222,10 +222,10 @@ class Holdings:
         lives = [token.life.renew_at for token in tokens] + [kept.life.renew_at for kept in leases]
         return min(lives, default=math.inf)
 
-    def begin(self, ttl: float, *, renewable: bool) -> Lifetime:
-        """The life of what Vault gave just now for ``ttl`` seconds."""
+    def begin(self, asked_at: float, ttl: float, *, renewable: bool) -> Lifetime:
+        """The life of what Vault gave for ``ttl`` seconds, which it counts from when it was asked or a little later."""
         return Lifetime.start(
-            self._clock.now(),
+            asked_at,
             ttl,
             renewable=renewable,
             percent=self._percent,
@@ -233,9 +233,9 @@ class Holdings:
             notice=self.notice(),
         )
 
-    def renewed(self, life: Lifetime, ttl: float) -> None:
-        """Vault gave ``life`` another ``ttl`` seconds."""
-        life.renewed(self._clock.now(), ttl, percent=self._percent, luck=self._luck, notice=self.notice())
+    def renewed(self, life: Lifetime, asked_at: float, ttl: float) -> None:
+        """Vault, asked at this time, gave ``life`` another ``ttl`` seconds."""
+        life.renewed(asked_at, ttl, percent=self._percent, luck=self._luck, notice=self.notice())
 
     def notice(self) -> float:
         """How long before an end it must be known that there is no renewal any more: two re-mounts can still come."""

@@ -20,6 +20,8 @@ from provider.vault import Auth, Held, VaultSecret
 # volume has shown its interval, this is taken for it.
 DEFAULT_INTERVAL_SECONDS: Final = 210.0
 REMEMBERED_GAPS: Final = 3
+# What comes sooner after a mount that succeeded is a retry of kubelet's, which has not seen the answer.
+RETRY_SECONDS: Final = 30.0
 
 LogIn = Callable[[float], Awaitable[Auth]]
 """Logs the pod in with what its mount brought along, within a deadline of the event loop's time."""
@@ -116,6 +118,14 @@ class HeldToken:
         """Whether a read can go out under it."""
         return not self.dead and self.life.lives(now) and self.uses_left != 0
 
+    def serves(self, now: float, *, for_lease: bool) -> bool:
+        """Whether a read can go out under it that takes nothing along.
+
+        Under its last use Vault gives no lease, and with it revokes those that it gave before.
+        """
+        enough = self.uses_left is None or self.uses_left > (for_lease or self.bears_leases)
+        return enough and self.usable(now)
+
     def spend(self) -> None:
         """One request goes out under it (docs/contract.md section 3: ``num_uses`` tokens run out)."""
         if self.uses_left:
@@ -131,7 +141,6 @@ class Kept:
     life: Lifetime
     token: HeldToken
     volumes: set[str]
-    percent: float
 
     def lives(self, now: float) -> bool:
         """Whether Vault still holds it: a lease dies with its token, or the last use of it, a certificate does not."""
@@ -170,12 +179,19 @@ class Volume:
     def interval(self, now: float) -> float:
         """The time between two re-mounts that it has shown, this one included; in seconds.
 
-        The middle of the last few, so that neither a quick retry nor a night's suspension counts for much.
+        The middle of the last few, so that a night's suspension does not count for much; without those that are
+        kubelet's retries, where others are known.
         """
         gaps = list(self.gaps)
         if self.mounted_at is not None:
             gaps.append(now - self.mounted_at)
-        return _middle(gaps[-REMEMBERED_GAPS:]) if gaps else DEFAULT_INTERVAL_SECONDS
+        gaps = gaps[-REMEMBERED_GAPS:]
+        return _middle([gap for gap in gaps if gap >= RETRY_SECONDS] or gaps) if gaps else DEFAULT_INTERVAL_SECONDS
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it was mounted again and again, by no retry: rotation is on."""
+        return len(self.gaps) == REMEMBERED_GAPS and min(self.gaps) >= RETRY_SECONDS
 
     @property
     def shown_interval(self) -> float:

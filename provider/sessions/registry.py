@@ -21,6 +21,7 @@ from provider.spc import MountSpec
 from provider.state import StateDir, StateUnusable
 from provider.telemetry.events import SessionView, Telemetry
 from provider.vault import EngineMount, Memory, Room, VaultSecret, VaultServers
+from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ KEY_POLL_SECONDS: Final = 1.0
 # How often files are looked for that another daemon wrote since: in a rolling update the old one still mounts pods
 # for a while, which may not be mounted again for hours.
 LOOK_FOR_FILES_SECONDS: Final = 30.0
-# Pods that end together, a drained node's, are revoked so many at a time.
+# Pods that end together, a drained node's, are revoked so many at a time, Vault by Vault: one may not answer.
 MAX_REVOKING: Final = 16
 # A session that holds nothing any more is dropped after this much time without a mount.
 EMPTY_SESSION_SECONDS: Final = 600.0
@@ -70,7 +71,7 @@ class Sessions:
             settings.renew_percent,
             itertools.count(),
             lambda: self._state,
-            asyncio.Semaphore(MAX_REVOKING),
+            Turns(MAX_REVOKING),
             telemetry,
             self._memory.remembered,
         )
@@ -82,7 +83,7 @@ class Sessions:
         self._tasks: set[asyncio.Task[None]] = set()
         self._next_look_at = math.inf
         self._hurried = asyncio.Event()
-        self._seen_remount = False
+        self._rotates = False
         self.sweeping = False
         """Whether pods that are gone are found and revoked; where they are not, sessions must idle out."""
 
@@ -106,7 +107,8 @@ class Sessions:
                 del self._mounting[identity]
                 session = self._sessions.get(identity)
                 if session is not None and session.is_blank():
-                    self._remove(session)  # who cannot log in takes no place from who can
+                    # Who cannot log in takes no place from who can, in memory or on disk.
+                    self._finish(session, session.file.discard())
             self._shrink()
 
     async def fetch(
@@ -131,7 +133,7 @@ class Sessions:
         identity = identity_of(spec)
         for other in self.of_pod(spec.pod.uid):
             if other.identity == identity:
-                self._seen_remount |= other.settle(spec.target_path, answers, made)
+                self._rotates |= other.settle(spec.target_path, answers, made)
                 self._hurry(other)
             else:
                 other.forget(spec.target_path)
@@ -204,11 +206,17 @@ class Sessions:
             self._finish(session, session.revoke())
 
     def may_sweep(self) -> bool:
-        """Whether this process may sweep: of several on one state directory only the holder of its lock."""
+        """Whether this process may sweep: of several on one state directory only the holder of its lock.
+
+        Where that directory cannot be used, or there is no key for it, each sweeps what it has in memory.
+        """
         if not self._settings.state_dir:
             return True
+        if self._state is None:
+            until = self._key_awaited_until
+            return until is not None and asyncio.get_running_loop().time() >= until
         try:
-            return self._state is not None and self._state.hold()
+            return self._state.hold()
         except StateUnusable:
             return False
 
@@ -226,9 +234,9 @@ class Sessions:
     def _idles_out(self, session: Session, idle: float) -> bool:
         """Whether to leave a session to its TTL: its pod is likely gone, and nobody can say so.
 
-        Where re-mounts come at all, a pod that lives is mounted again within minutes.
+        Where rotation is on, as one volume has shown, a pod that lives is mounted again within minutes.
         """
-        return not self.sweeping and self._seen_remount and idle > max(EMPTY_SESSION_SECONDS, session.token_ttl())
+        return not self.sweeping and self._rotates and idle > max(EMPTY_SESSION_SECONDS, session.token_ttl())
 
     async def _renew(self, identity: Identity, session: Session) -> None:
         try:
@@ -323,6 +331,7 @@ class Sessions:
                 vault = self._servers.get(snapshot.identity.server, snapshot.identity.pod_uid)
                 session = Session(snapshot.identity, snapshot.pod, vault, self._around)
                 session.adopt(snapshot)
+                session.mounted_at = self._clock.now()  # at the latest: its pod may live, and be mounted again
                 session.file.generation = entry.generation
                 self._add(session)
                 self._sessions.move_to_end(snapshot.identity, last=False)

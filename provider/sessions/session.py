@@ -9,7 +9,6 @@ daemons that overlap do not issue twice either.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import logging
@@ -42,6 +41,7 @@ from provider.telemetry.events import (
     Who,
 )
 from provider.vault import EngineMount, LeaseGone, Loans, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
+from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -72,7 +72,7 @@ class Surroundings:
     renew_percent: float
     serials: itertools.count[int]
     state: Callable[[], StateDir | None]
-    revoking: asyncio.Semaphore
+    revoking: Turns
     telemetry: Telemetry
     remembered: Loans
 
@@ -158,11 +158,11 @@ class Session:
         return Fetched(answers, at_hand, issued, accessor, made)
 
     def settle(self, volume: str, answers: Mapping[Read, VaultSecret], made: object = None) -> bool:
-        """The mount of ``volume`` succeeded, and made this of ``answers``; returns whether it was a re-mount."""
-        again = self._has.settle(volume, answers, made)
+        """The mount of ``volume`` succeeded, and made this of ``answers``; whether it has shown that rotation is on."""
+        rotates = self._has.settle(volume, answers, made)
         if not self._under_way:
             self._has.forget_tokens()
-        return again
+        return rotates
 
     def forget(self, volume: str) -> None:
         """Another session mounts ``volume`` now."""
@@ -176,7 +176,7 @@ class Session:
         try:
             async with asyncio.timeout_at(deadline):
                 return await self._around.shared.engine(self._vault, path, newest.auth.token, deadline)
-        except TimeoutError:
+        except (TimeoutError, VaultUnavailable):
             return None
 
     async def _all(self, reads: Sequence[Read], mount: _Mount, at_hand: dict[Read, Supply]) -> Answers:
@@ -248,13 +248,13 @@ class Session:
         """Read from Vault, and keep what is leased or issued."""
         request = read.request
         old = self._has.kept.get(request)
-        if old is not None and self._has.may_keep(old, mount.volume, mount.interval, mount.began):
+        if old is not None and self._has.may_keep(old, read, mount.volume, mount.interval, mount.began):
             return old.secret  # another daemon has left it in the state directory
         try:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
             for_lease = old is not None or not self._has.is_static(request)
-            token = self._token_at_hand(mount, for_lease=for_lease, replaced=old) or await self._new_token(mount)
-            began = self._clock.now() if for_lease else None
+            token = await self._token(mount, for_lease=for_lease, replaced=old)
+            began = self._clock.now()
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
             if old is None or not old.lives(self._clock.now()):
@@ -270,7 +270,7 @@ class Session:
     async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
         request = read.request
-        token = self._token_at_hand(mount) or await self._new_token(mount)
+        token = await self._token(mount, for_lease=True)
         began = self._clock.now()
         secret, token = await self._read(request, token, mount)
         seconds = self._clock.now() - began
@@ -283,7 +283,7 @@ class Session:
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
         shared = self._around.shared
-        token.spend()
+        self._spend(token)
         try:
             secret = await shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
             mount.room.take(secret.size, leased=secret.leased)
@@ -294,7 +294,7 @@ class Session:
             fresh = await self._join(("denied", id(token)), lambda: self._after_denial(token, mount))
             if fresh is None:
                 raise
-        fresh.spend()
+        self._spend(fresh)
         secret = await shared.read(self._vault, request, fresh.auth, mount.deadline, mount.room)
         mount.room.take(secret.size, leased=secret.leased)
         if not token.dead and "default" not in token.auth.policies:
@@ -307,7 +307,7 @@ class Session:
         newest = self._has.newest or token  # a dead one may be forgotten already
         if newest is not token and newest.serial > mount.began:
             return newest
-        token.spend()
+        self._spend(token)
         lives = await self._vault.token_lives(token.auth.token, mount.deadline)
         if not lives and "default" in token.auth.policies:
             self._bury(token)
@@ -318,16 +318,19 @@ class Session:
             self._policy_login_at = now
         return await self._join("login", lambda: self._log_in(mount))
 
+    def _spend(self, token: HeldToken) -> None:
+        token.spend()
+        # Another process must not believe in uses that are gone.
+        self._has.changed |= token.uses_left is not None
+
     def _bury(self, token: HeldToken) -> None:
         token.dead = True
         _log.warning("Vault does not know the pod's token any more; logging in anew", extra=self._about())
 
-    async def _keep(
-        self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount, began: float | None
-    ) -> None:
-        """Keep what is leased or issued. ``began`` is when Vault was asked, None where nobody expected such a thing."""
+    async def _keep(self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount, began: float) -> None:
+        """Keep what is leased or issued. ``began`` is when Vault was asked."""
         request = read.request
-        seconds = self._clock.now() - began if began is not None else None
+        seconds = self._clock.now() - began
         if secret.leased:
             # A renewal is a use of the token, and its last use revokes what it was given: better replaced than renewed.
             ttl, renewable = secret.lease_duration, secret.renewable and token.uses_left is None
@@ -338,10 +341,10 @@ class Session:
                 self._has.note_static(request)
                 return
             ttl, renewable = certificate_ttl, False
-        life = self._has.begin(ttl, renewable=renewable)
+        life = self._has.begin(began, ttl, renewable=renewable)
         old = self._has.kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
-        kept = self._has.kept[request] = Kept(request, secret, life, token, volumes, read.renew_percent)
+        kept = self._has.kept[request] = Kept(request, secret, life, token, volumes)
         self._has.changed = True
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
@@ -386,7 +389,10 @@ class Session:
         if end is None:
             return None
         if request.method in _READING:
-            engine = await self._around.shared.engine(self._vault, request.path, token.auth.token, mount.deadline)
+            try:
+                engine = await self._around.shared.engine(self._vault, request.path, token.auth.token, mount.deadline)
+            except VaultUnavailable:
+                return None  # not known just now, and what is stored must not be kept; the next read asks again
             if engine is not None and engine.kind == "kv":
                 return None
         told = end - self._clock.wall()
@@ -413,7 +419,7 @@ class Session:
         """
         now = self._clock.now()
         token = self._has.newest
-        if token is not None and token.usable(now):
+        if token is not None and token.serves(now, for_lease=for_lease):
             if not for_lease or token.serial > mount.began:
                 return token
             bound = replaced is not None and replaced.token is token and replaced.ends_with_token
@@ -421,15 +427,20 @@ class Session:
                 return token
         return None
 
-    async def _new_token(self, mount: _Mount) -> HeldToken:
-        while True:
-            token = await self._join("login", lambda: self._log_in(mount))
-            if token.uses_left != 0:  # others who waited for it may have used it up
-                return token
+    async def _token(self, mount: _Mount, *, for_lease: bool, replaced: Kept | None = None) -> HeldToken:
+        """The token at hand, or a new one."""
+        token = self._token_at_hand(mount, for_lease=for_lease, replaced=replaced)
+        while token is None:
+            new = await self._join("login", lambda: self._log_in(mount))
+            # Others who waited for it may have used it up. One of a single use serves what it can.
+            if new.serves(self._clock.now(), for_lease=for_lease and new.auth.num_uses != 1):
+                token = new
+        return token
 
     async def _log_in(self, mount: _Mount) -> HeldToken:
+        began = self._clock.now()
         auth = await mount.log_in(mount.deadline)
-        life = self._has.begin(auth.ttl, renewable=auth.renewable and not auth.num_uses)
+        life = self._has.begin(began, auth.ttl, renewable=auth.renewable and not auth.num_uses)
         token = HeldToken(auth, life, next(self._around.serials), auth.num_uses or None)
         superseded, self._has.tokens = self._has.tokens, [*self._has.tokens, token]
         self._has.changed = True
@@ -444,9 +455,15 @@ class Session:
         return token
 
     async def _revoke_once(self, token: HeldToken, why: str) -> None:
-        token.dead = True
-        with contextlib.suppress(ProviderError):
+        """Try to; where Vault does not answer, the next login tries again, and so does the pod's end."""
+        try:
             await self._revoke(token, why)
+        except RenewalRefused:
+            token.dead = True  # nobody can, so that it is left to expire
+        except (ProviderError, TimeoutError):
+            pass
+        else:
+            token.dead = True
 
     async def _revoke(self, token: HeldToken, why: str) -> None:
         began = self._clock.now()
@@ -548,7 +565,7 @@ class Session:
             _log.exception("renewal failed on a bug, trying again", extra=about)
         else:
             outcome, ttl, request_id = Renewing.RENEWED, renewed.ttl, renewed.request_id
-            self._has.renewed(life, ttl)
+            self._has.renewed(life, began, ttl)
             _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
         self._around.telemetry.record(
             Renewal(
@@ -602,8 +619,11 @@ class Session:
         until = self._clock.now() + REVOCATION_SECONDS
         while token.usable(self._clock.now()) and self._clock.now() < until:
             try:
-                async with self._around.revoking:
+                await self._around.revoking.take(self.identity.server)
+                try:
                     await self._revoke(token, "pod gone")
+                finally:
+                    self._around.revoking.give(self.identity.server)
             except RenewalRefused as refused:
                 _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
                 return

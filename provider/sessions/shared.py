@@ -18,6 +18,8 @@ from provider.vault import Auth, EngineMount, Room, Vault, VaultSecret, VaultUnr
 
 # A mount that is disabled and enabled again as another engine is a rare event; this bounds how long it is missed.
 KNOWN_FOR_SECONDS: Final = 600.0
+# Engines that are known of all Vaults; past it, which only a Vault of somebody else's has, they are learnt anew.
+MAX_ENGINES: Final = 1000
 # Where a token may not ask which engine it reads from, it is not asked again for a while.
 UNTOLD_FOR_SECONDS: Final = 60.0
 # Asking for the engine is never in the way of a mount, so it need not wait long either.
@@ -85,14 +87,16 @@ class SharedReads:
         return secret
 
     async def engine(self, vault: Vault, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
-        """The engine that serves ``path``, asking Vault where it is not known; None where Vault does not tell."""
+        """The engine that serves ``path``, asking Vault where it is not known; None where Vault does not tell.
+
+        Raises VaultUnavailable where there is no answer.
+        """
         engine = self._known(vault.server, path)
         if engine is None:
-            try:
-                engine = await vault.engine_of(path, token, deadline)
-            except VaultUnavailable:
-                return None
+            engine = await vault.engine_of(path, token, deadline)
             if engine is not None:
+                if sum(map(len, self._engines.values())) >= MAX_ENGINES:
+                    self._engines.clear()
                 until = self._clock.now() + KNOWN_FOR_SECONDS
                 self._engines.setdefault(vault.server, {})[engine.path] = (engine, until)
         return engine
@@ -124,7 +128,7 @@ class SharedReads:
         try:
             async with asyncio.timeout_at(deadline):
                 engine = await self.engine(vault, path, token, deadline)
-        except TimeoutError:
+        except (TimeoutError, VaultUnavailable):
             pass
         if engine is None:
             now = self._clock.now()

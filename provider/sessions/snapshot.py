@@ -56,7 +56,6 @@ def dump(snapshot: Snapshot, clock: Clock) -> dict[str, Any]:
                 "life": _finite(kept.life),
                 "token": next(number for number, token in enumerate(tokens) if token is kept.token),
                 "volumes": sorted(kept.volumes),
-                "percent": kept.percent,
             }
             for kept in snapshot.kept
         ],
@@ -110,7 +109,6 @@ def _load(payload: dict[str, Any], clock: Clock) -> Snapshot:
             _life(saved["life"], shift),
             tokens[saved["token"]],
             set(saved["volumes"]),
-            saved["percent"],
         )
         for saved in payload["kept"]
     ]
@@ -127,6 +125,8 @@ def merge(
         if own is not other:
             _later(own.life, other.life)
             own.dead |= other.dead
+            if own.uses_left is not None and other.uses_left is not None:
+                own.uses_left = min(own.uses_left, other.uses_left)
             own.bears_leases |= other.bears_leases
     kept = dict(my_kept)
     for found in theirs.kept:
