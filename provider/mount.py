@@ -235,7 +235,8 @@ class Mounter:
 
         def failed(wanted: ObjectSpec, request: SecretRequest, error: ProviderError) -> None:
             if wanted.optional and isinstance(error, SecretNotFound):
-                about = "" if error.what.startswith(_named([wanted])) else _named([wanted])
+                name = _named([wanted])
+                about = "" if error.what.startswith(name) else name
                 what = one_line(f"left out, since it is optional: {about}{error}", MAX_WHAT)
                 self._tell(spec, [what], logging.INFO)
             else:

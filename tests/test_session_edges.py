@@ -106,6 +106,22 @@ async def test_life_is_counted_from_the_asking() -> None:
 
 
 @simulated
+async def test_login_that_takes_longer_than_its_token_lives() -> None:
+    """A mount whose token has ended, by our count, as it comes logs in once and uses it: Vault has the last word."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(ttl=2, max_ttl=2)
+        node, pod = stage.node(), stage.pod("a")
+        mounting = asyncio.create_task(node.mount(pod, STATIC))
+        for _ in range(5):  # each login would take so long
+            with stage.vault.hold("auth/kubernetes/login"):
+                await asyncio.sleep(5)
+            await asyncio.sleep(0)
+        with pytest.raises(ProviderError):
+            await mounting
+        assert stage.vault.logins == 1
+
+
+@simulated
 async def test_credential_of_each_mount_outlives_its_next() -> None:
     """``lease: fresh`` too is issued under a token that will be there at the next re-mount."""
     async with Stage() as stage:

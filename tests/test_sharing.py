@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from provider.errors import MountFailed
+from provider.sessions import shared
 from provider.spc import ObjectSpec, Pod
 from tests.stand.simnode import STATIC, Files, Node, Stage, credential, wanted
 from tests.stand.simtime import simulated
@@ -206,3 +207,22 @@ async def test_pod_that_goes_away_takes_no_other_along() -> None:
                 await first
         assert await second == {"static": "pass-1"}
         assert stage.vault.count("secret/data/app") == 1
+
+
+@simulated
+async def test_engines_that_are_known_are_bounded() -> None:
+    """However many engines classes name, no more than so many are remembered; those in use are learnt anew."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shared, "MAX_ENGINES", 3)
+        async with Stage() as stage:
+            node, pod = stage.node(), stage.pod("a")
+            every = stage.vault.engines.pop("old/")
+            for number in range(10):
+                stage.vault.engines[f"old/{number}/"] = every
+                stage.vault.engines["old/"] = stage.vault.engines.pop("old/", every)  # behind those within it
+                stage.vault.kv[f"old/{number}/app"] = {"password": str(number)}
+                wish = wanted("old", f"old/{number}/app", "password")
+                assert await node.mount(pod, wish) == {"old": str(number)}
+                await asyncio.sleep(1)
+                known = node.sessions._shared._engines
+                assert 1 <= sum(map(len, known.values())) <= 3

@@ -127,21 +127,13 @@ class SessionFile:
         """The session ends: nothing is written any more."""
         self._ended = True
 
-    async def remove(self) -> None:
-        """Remove the file, if there is one."""
+    async def remove(self, *, lock_alone: bool = False) -> None:
+        """Remove the file and its lock, if they are there; with ``lock_alone`` only where there is no file."""
         store = self._state()
         if store is not None:
             with contextlib.suppress(StateUnusable):
                 async with store.lock(self._key):
-                    store.remove(self._key)
-
-    async def discard(self) -> None:
-        """Nothing came of the session: leave nothing behind. A file that another daemon wrote meanwhile stays."""
-        store = self._state()
-        if store is not None:
-            with contextlib.suppress(StateUnusable):
-                async with store.lock(self._key):
-                    if store.generation(self._key) is None:
+                    if not lock_alone or store.generation(self._key) is None:
                         store.remove(self._key)
 
     async def _take(self) -> None:

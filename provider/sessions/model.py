@@ -118,13 +118,12 @@ class HeldToken:
         """Whether a read can go out under it."""
         return not self.dead and self.life.lives(now) and self.uses_left != 0
 
-    def serves(self, now: float, *, for_lease: bool) -> bool:
-        """Whether a read can go out under it that takes nothing along.
+    def has_uses(self, *, for_lease: bool) -> bool:
+        """Whether a read would leave it enough uses.
 
         Under its last use Vault gives no lease, and with it revokes those that it gave before.
         """
-        enough = self.uses_left is None or self.uses_left > (for_lease or self.bears_leases)
-        return enough and self.usable(now)
+        return self.uses_left is None or self.uses_left > (for_lease or self.bears_leases)
 
     def spend(self) -> None:
         """One request goes out under it (docs/contract.md section 3: ``num_uses`` tokens run out)."""

@@ -107,8 +107,8 @@ class Sessions:
                 del self._mounting[identity]
                 session = self._sessions.get(identity)
                 if session is not None and session.is_blank():
-                    # Who cannot log in takes no place from who can, in memory or on disk.
-                    self._finish(session, session.file.discard())
+                    # Who cannot log in takes no place from who can, in memory or on disk. A file is another daemon's.
+                    self._finish(session, session.file.remove(lock_alone=True))
             self._shrink()
 
     async def fetch(

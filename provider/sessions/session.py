@@ -361,7 +361,7 @@ class Session:
         ttl: float,
         *,
         again: bool,
-        seconds: float | None,
+        seconds: float,
     ) -> None:
         self._around.telemetry.record(
             Issued(
@@ -419,7 +419,7 @@ class Session:
         """
         now = self._clock.now()
         token = self._has.newest
-        if token is not None and token.serves(now, for_lease=for_lease):
+        if token is not None and token.usable(now) and token.has_uses(for_lease=for_lease):
             if not for_lease or token.serial > mount.began:
                 return token
             bound = replaced is not None and replaced.token is token and replaced.ends_with_token
@@ -432,8 +432,9 @@ class Session:
         token = self._token_at_hand(mount, for_lease=for_lease, replaced=replaced)
         while token is None:
             new = await self._join("login", lambda: self._log_in(mount))
-            # Others who waited for it may have used it up. One of a single use serves what it can.
-            if new.serves(self._clock.now(), for_lease=for_lease and new.auth.num_uses != 1):
+            # Others who waited for it may have used it up. One of a single use serves what it can; and one that lives
+            # no longer than its login took is for Vault to refuse, as another would be.
+            if new.has_uses(for_lease=for_lease and new.auth.num_uses != 1):
                 token = new
         return token
 

@@ -179,7 +179,7 @@ class Audit:
         told |= {"accessor": _safe(event.accessor), "why": _safe(event.why)}
         return told | {"reason": _safe(event.reason)} if event.reason else told
 
-    def _of_session(self, event: str, outcome: str, seconds: float | None, who: Who) -> dict[str, Any]:
+    def _of_session(self, event: str, outcome: str, seconds: float, who: Who) -> dict[str, Any]:
         return self._line(event, outcome, seconds) | _who(who.pod, who.class_name, who.login, who.server)
 
     def _line(self, event: str, outcome: str, seconds: float | None) -> dict[str, Any]:

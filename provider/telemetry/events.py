@@ -137,8 +137,8 @@ class LoggedIn:
 class Issued:
     """Vault gave a lease or a certificate to a pod; ``again`` in place of one that could live no longer.
 
-    ``seconds`` is how long Vault took, None where nobody knew that this would be one. ``objects`` makes the list of the
-    objects that it is for in the class that asked for it, for who wants to know them.
+    ``seconds`` is how long Vault took. ``objects`` makes the list of the objects that it is for in the class that asked
+    for it, for who wants to know them.
     """
 
     who: Who
@@ -149,7 +149,7 @@ class Issued:
     request_id: str
     ttl: float
     again: bool
-    seconds: float | None = None
+    seconds: float = 0.0
     objects: Callable[[], Sequence[ObjectSpec]] = field(default=tuple, repr=False)
 
 
