@@ -192,7 +192,7 @@ async def test_sessions_taken_up_are_given_time() -> None:
         await asyncio.sleep(5)
         await stage.killed(node)
         node = stage.node(kept=True, revoke=False)
-        for _ in range(6):
+        for _ in range(12):
             await node.mount(rotated, STATIC)
             await asyncio.sleep(REMOUNT)
         assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
@@ -236,6 +236,22 @@ async def test_superseded_tokens_are_revoked_in_the_end() -> None:
         stage.remove(pod)
         await asyncio.sleep(HOUR)
         assert not stage.vault.live_tokens()
+
+
+@simulated
+async def test_revocation_that_is_refused_is_not_tried_again() -> None:
+    """A superseded token that Vault will not revoke is left to expire, and asked for once."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, STATIC)
+        stage.vault.breaks("auth/token/revoke-self", 400, "no")
+        for _ in range(3):
+            await asyncio.sleep(310)
+            with pytest.raises(ProviderError):
+                await node.mount(pod, STATIC, wanted("no", "denied/x", "y"))
+        await asyncio.sleep(60)
+        assert stage.vault.logins == 4
+        assert stage.vault.count("auth/token/revoke-self") == 3
 
 
 @simulated

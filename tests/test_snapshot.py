@@ -216,6 +216,15 @@ def test_merge_keeps_my_later_life() -> None:
     assert [token.life.expires_at for token in tokens] == [110]
 
 
+@pytest.mark.parametrize(("mine", "theirs", "left"), [(5, 2, 2), (2, 5, 2), (None, None, None)])
+def test_merge_believes_in_the_fewer_uses(mine: int | None, theirs: int | None, left: int | None) -> None:
+    """What either of two processes has spent of a token is gone for both."""
+    my_token, their_token = held("t"), held("t")
+    my_token.uses_left, their_token.uses_left = mine, theirs
+    tokens, _ = merge([my_token], {}, Snapshot(IDENTITY, POD, [their_token], []))
+    assert [token.uses_left for token in tokens] == [left]
+
+
 @pytest.mark.parametrize("newer", ["mine", "theirs"])
 def test_merge_takes_the_newer_of_two_credentials(newer: str) -> None:
     """Of two credentials for one request the newer is handed out; the tokens of both are known, oldest first."""
