@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tests.live import CERTIFICATE, DATABASE, NODE, Cluster, Daemon, class_of, contents
 from tests.stand.driver import MountOutcome
-from tests.stand.kubelet import Kubelet
+from tests.stand.kubelet import Failure, Kubelet
 from tests.stand.openbao import OpenBaoError
 from tests.stand.process import free_port
 from tests.stand.waiting import eventually
@@ -104,8 +104,10 @@ class Soak:
     rotations: int = 0
     rewritten: int = 0
     outages: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
-    """Mounts that failed and were tried again, by status code."""
+    cuts: list[tuple[float, float]] = field(default_factory=list)
+    """From when to when Vault was being taken away, as `time.monotonic()`."""
+    failures: list[Failure] = field(default_factory=list)
+    """Mounts that failed and were tried again."""
     wrong: list[str] = field(default_factory=list)
     """Volumes that no pod should have seen."""
     bugs: list[str] = field(default_factory=list)
@@ -117,7 +119,7 @@ class Soak:
         assert self.end is not None
         start, end = self.start, self.end
         found = [*self.wrong, *self.bugs]
-        found += [f"{number} mounts failed with {code}" for code, number in self.failures.items() if code != RETRIED]
+        found += [str(one) for one in self.failures if one.code != RETRIED and not one.is_cut_login(self.cuts)]
         bounds = {
             "rss_mib": start.rss_mib + GROWTH_MIB,
             "objects": start.objects + GROWTH_OBJECTS,
@@ -139,7 +141,7 @@ class Soak:
             f"{self.minutes:g} minutes: {self.mounts} mounts for {self.pods} pods, {self.rotations} rotations of a "
             f"secret, {self.rewritten} volumes rewritten, {sum(self.outages.values())} outages of Vault "
             f"({', '.join(f'{number} {kind}' for kind, number in sorted(self.outages.items()))}), "
-            f"{sum(self.failures.values())} failed mounts that were tried again",
+            f"{len(self.failures)} failed mounts that were tried again",
         ]
         if self.start is not None and self.end is not None:
             lines.append(f"{'':>12} {'start':>8} {'end':>8}")
@@ -248,7 +250,7 @@ class Node:
             self._soak.pods += pods
             self._soak.mounts += kubelet.mounts
             self._soak.rewritten += rewritten
-            self._soak.failures.update(failure.partition(":")[0] for failure in kubelet.failures)
+            self._soak.failures += kubelet.failures
 
     def _check(self, mounted: MountOutcome) -> None:
         files = contents(mounted)
@@ -276,7 +278,9 @@ class Node:
         for kind, (end, begin) in itertools.cycle(outages.items()):
             if self._over.wait(random.uniform(*CALM)):
                 return
+            began = time.monotonic()
             end()
+            self._soak.cuts.append((began, time.monotonic()))
             try:
                 self._over.wait(random.uniform(*AWAY))
             finally:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests.live import Daemon
@@ -19,6 +21,7 @@ from tests.stand.faultproxy import FaultProxy
 from tests.stand.kubeapi import KubeApi
 from tests.stand.openbao import OpenBao
 from tests.stand.pki import Authority
+from tests.stand.waiting import eventually
 
 # The longest that a mount may take here, which is none of its promises: kubelet waits for two minutes.
 MOUNT_TIMEOUT = 6.0
@@ -285,3 +288,29 @@ class TestTls:
 
 def _whole(phase: str) -> str:
     return phase if phase == LOGIN else "shop/data/app"
+
+
+def test_login_that_the_seal_cuts_off(tmp_path: Path) -> None:
+    """OpenBao denies it as that of a pod that may not log in: the message names this cause too, and the next succeeds.
+
+    Only one that has its storage in common with others ends what is under way; a single one waits for it.
+    """
+    with KubeApi() as kube, OpenBao(storage="raft") as bao, FaultProxy(bao.address) as proxy:
+        shop = Shop(tmp_path, kube, bao, proxy)
+        with Daemon(shop) as daemon, Driver(daemon.socket) as shop.driver, ThreadPoolExecutor(1) as pool:  # type: ignore[arg-type]
+            pod = shop.pod()
+            kube.stall(30, path="tokenreviews")
+            try:
+                mount = pool.submit(shop.mount, pod)
+                eventually(lambda: kube.count("POST", "tokenreviews") > 0, "the login is under review")
+                bao.seal()
+                with pytest.raises(grpc.RpcError) as told:
+                    mount.result()
+            finally:
+                kube.heal()
+            bao.unseal()
+            assert told.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            words = told.value.details() or ""
+            assert "denied: Vault answered 403: permission denied" in words
+            assert "403 too where its TokenReview fails, as while it is sealed or changes its leader" in words
+            shop.recovers(pod)

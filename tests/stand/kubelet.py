@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, cast
 
 import grpc
@@ -35,6 +36,30 @@ _REDIAL = 1.0
 """Seconds; the least that gRPC waits by itself."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A mount that failed: its status code, its message, and from when to when it went on, as `time.monotonic()`."""
+
+    code: str
+    details: str
+    began: float
+    ended: float
+
+    def is_cut_login(self, cuts: Sequence[tuple[float, float]]) -> bool:
+        """Whether Vault denied the login of a mount while, in one of ``cuts``, it was sealed or changed its leader.
+
+        Vault ends its TokenReview then, and answers 403 as to a pod that may not log in (docs/contract.md section 3).
+        """
+        return (
+            self.code == grpc.StatusCode.PERMISSION_DENIED.name
+            and "denied: Vault answered 403: permission denied" in self.details
+            and any(self.began <= end and begin <= self.ended for begin, end in cuts)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.details}"
+
+
 class Kubelet:
     """Mounts for the pods of a node, used as a context manager; for one thread, which has a connection of its own.
 
@@ -54,8 +79,8 @@ class Kubelet:
     ) -> None:
         self.mounts = 0
         """Mounts that succeeded."""
-        self.failures: list[str] = []
-        """What the others were answered."""
+        self.failures: list[Failure] = []
+        """The others."""
         self._cluster = cluster
         self._driver = Driver(daemon.socket, longest_redial=_REDIAL) if restarts else Driver(daemon.socket)
         self._patience = patience
@@ -84,12 +109,13 @@ class Kubelet:
     def _surely(self, pod: Pod, once: Callable[[], MountOutcome]) -> MountOutcome:
         until, backoff = time.monotonic() + self._patience, FIRST_BACKOFF
         while True:
+            began = time.monotonic()
             try:
                 outcome = once()
             except grpc.RpcError as error:
                 # What a call raises is both; grpc's types do not say so.
                 code, details = cast(grpc.Call, error).code(), cast(grpc.Call, error).details()
-                self.failures.append(f"{code.name}: {details}")
+                self.failures.append(Failure(code.name, details or "", began, time.monotonic()))
                 if code in MAYBE_IN_PROGRESS - self._tolerated:
                     raise StandError(f"pod {pod.name} was answered {code.name}: {details}") from error
                 if time.monotonic() > until:
