@@ -105,7 +105,7 @@ class Soak:
     rewritten: int = 0
     outages: Counter[str] = field(default_factory=Counter)
     cuts: list[tuple[float, float]] = field(default_factory=list)
-    """From when to when Vault was being taken away, as `time.monotonic()`."""
+    """From when to when Vault was being sealed, as `time.monotonic()`."""
     failures: list[Failure] = field(default_factory=list)
     """Mounts that failed and were tried again."""
     wrong: list[str] = field(default_factory=list)
@@ -280,7 +280,8 @@ class Node:
                 return
             began = time.monotonic()
             end()
-            self._soak.cuts.append((began, time.monotonic()))
+            if kind == "sealed":
+                self._soak.cuts.append((began, time.monotonic()))
             try:
                 self._over.wait(random.uniform(*AWAY))
             finally:
