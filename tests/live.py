@@ -16,7 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from tests.stand.driver import Driver, MountOutcome
 from tests.stand.kubeapi import KubeApi, Pod
@@ -37,6 +37,19 @@ SWAPS = 10
 """More swaps of a volume than can fall into one look at it."""
 
 _GRANT = 'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{{name}}";'
+
+
+class Left(NamedTuple):
+    """Accessors of tokens, leases, and users who can log in."""
+
+    tokens: set[str]
+    leases: list[str]
+    users: list[str]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many there are of each."""
+        return len(self.tokens), len(self.leases), len(self.users)
 
 
 class Cluster:
@@ -124,6 +137,13 @@ class Cluster:
     def users(self, role: str, *, valid: bool = False) -> list[str]:
         """The database's users of a role now; ``valid`` leaves out those that cannot log in any more."""
         return self.postgres.users(f"v-%-{role}-%", valid=valid)
+
+    def left(self, role: str, root: set[str]) -> Left:
+        """What there is of a role now, at OpenBao and in PostgreSQL; ``root`` are the accessors of others' tokens."""
+        # Valid ones: an OpenBao that is killed, or whose client goes away, while PostgreSQL commits the user it asked
+        # for gives it no lease (docs/contract.md section 3). Nobody was told of it, and it ends with its TTL.
+        users = self.users(role, valid=True)
+        return Left(self.bao.token_accessors() - root, self.bao.leases(f"database/creds/{role}"), users)
 
 
 class Daemon:

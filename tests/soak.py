@@ -180,6 +180,7 @@ class Observed(Daemon):
         os.kill(self.process.pid, signal.SIGUSR1)
         eventually(self._told.exists, "the daemon tells what is inside it")
         inside = json.loads(self._told.read_text())
+        tokens, leases, users = cluster.left(ROLE, root).counts
         proc = Path(f"/proc/{self.process.pid}")
         status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         return Level(
@@ -192,11 +193,9 @@ class Observed(Daemon):
             sessions=self.gauge("vault_csi_sessions"),
             kept=self.gauge("vault_csi_leases"),
             files=len(list(self.state.glob("*.session"))),
-            tokens=len(cluster.bao.token_accessors() - root),
-            leases=len(cluster.bao.leases(f"database/creds/{ROLE}")),
-            # An OpenBao that is killed between making a user and writing down its lease forgets it: nobody was told of
-            # it, nobody can revoke it, and PostgreSQL lets it in until its TTL is over.
-            users=len(cluster.users(ROLE, valid=True)),
+            tokens=tokens,
+            leases=leases,
+            users=users,
         )
 
 

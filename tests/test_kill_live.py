@@ -168,12 +168,6 @@ def write_pair(cluster: Cluster, version: int) -> None:
     cluster.bao.write_kv("shop/data/pair", {"username": username, "password": password_of(username)})
 
 
-def left(cluster: Cluster, root: set[str]) -> tuple[int, int, int]:
-    """How many tokens besides ``root`` and leases OpenBao holds, and users PostgreSQL."""
-    held = cluster.bao.token_accessors() - root
-    return len(held), len(cluster.bao.leases(f"database/creds/{ROLE}")), len(cluster.users(ROLE))
-
-
 def revoked_by_another(directory: Path) -> int:
     """How many tokens were revoked by another daemon than the one that had logged in, by the daemons' logs."""
     number, here = 0, set[str]()
@@ -201,8 +195,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         with Daemon(cluster, *flags) as daemon:
             Node(cluster, daemon, run).live()
             swept = time.monotonic()
-            eventually(lambda: left(cluster, root) == (0, 0, 0), "nothing is left", seconds=TTL + 60)
-            run.left = left(cluster, root)
+            eventually(
+                lambda: not any(cluster.left(ROLE, root)),
+                "nothing is left",
+                seconds=TTL + 60,
+                instead=lambda: cluster.left(ROLE, root),
+            )
+            run.left = cluster.left(ROLE, root).counts
             eventually(lambda: not list((directory / "state").glob("*.session")), "no file is left")
         run.logins = cluster.logins(ROLE)
         run.revoked_by_another = revoked_by_another(directory)
@@ -228,7 +227,7 @@ def test_no_pod_sees_half_or_mixed_files(run: Run) -> None:
 
 
 def test_nothing_is_left_at_vault_after_kills(run: Run) -> None:
-    """After the sweep there are as many tokens, leases and users as before: none."""
+    """After the sweep there are as many tokens, leases and users who can log in as before: none."""
     assert run.left == (0, 0, 0)
 
 

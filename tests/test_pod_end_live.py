@@ -30,12 +30,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def left(cluster: Cluster, role: str, root: set[str]) -> tuple[int, int, int]:
-    """How many tokens besides ``root`` and leases OpenBao holds, and users PostgreSQL."""
-    held = cluster.bao.token_accessors() - root
-    return len(held), len(cluster.bao.leases(f"database/creds/{role}")), len(cluster.users(role))
-
-
 def test_200_pods_come_and_go(cluster: Cluster) -> None:
     """While they live each has one token, lease and user; afterwards there is none, but those of the pod that stays."""
     cluster.role("fleet")
@@ -51,7 +45,7 @@ def test_200_pods_come_and_go(cluster: Cluster) -> None:
 
         with ThreadPoolExecutor(DRIVERS) as pool:
             list(pool.map(come, (pods[number::DRIVERS] for number in range(DRIVERS))))
-        assert left(cluster, "fleet", root) == (PODS + 1, PODS + 1, PODS + 1)
+        assert cluster.left("fleet", root).counts == (PODS + 1, PODS + 1, PODS + 1)
         for number, pod in enumerate(pods):
             if number % 2:
                 cluster.kube.remove_pod(pod)
@@ -59,7 +53,7 @@ def test_200_pods_come_and_go(cluster: Cluster) -> None:
                 cluster.kube.add_pod(
                     pod.namespace, pod.name, service_account=pod.service_account, uid=pod.uid, node=NODE, phase="Failed"
                 )
-        eventually(lambda: left(cluster, "fleet", root) == (1, 1, 1), "nothing of the pods is left", seconds=60)
+        eventually(lambda: cluster.left("fleet", root).counts == (1, 1, 1), "nothing of the pods is left", seconds=60)
         assert cluster.postgres.can_login(*credential(stays))
         assert driver.remount(stays).files == stays.files
     assert (cluster.issued("fleet"), cluster.logins("fleet")) == (PODS + 1, PODS + 1)
@@ -74,9 +68,9 @@ def test_pod_that_went_while_the_daemon_was_down(cluster: Cluster, tmp_path: Pat
         cluster.mount(driver, pod, class_of("missed", *DATABASE))
         daemon.kill()
         cluster.kube.remove_pod(pod)
-        assert left(cluster, "missed", root) == (1, 1, 1)
+        assert cluster.left("missed", root).counts == (1, 1, 1)
         daemon.start()
-        eventually(lambda: left(cluster, "missed", root) == (0, 0, 0), "nothing of the pod is left")
+        eventually(lambda: cluster.left("missed", root).counts == (0, 0, 0), "nothing of the pod is left")
         eventually(lambda: not list((tmp_path / "state").glob("*.session")), "its file is gone too")
 
 
@@ -102,7 +96,7 @@ def test_nothing_is_revoked_without_proof(cluster: Cluster) -> None:
         cluster.kube.remove_pod(pods["off"])
         eventually(lambda: said(lost, "this sweep revokes nothing") >= LOOKS, "sweeps that prove nothing")
         eventually(lambda: cluster.kube.count("GET", f"/namespaces/{NAMESPACE}/pods") >= LOOKS, "looks by name")
-        assert left(cluster, "spared", root) == (3, 3, 3)
+        assert cluster.left("spared", root).counts == (3, 3, 3)
 
 
 def said(daemon: Daemon, words: str) -> int:
