@@ -140,7 +140,7 @@ COUNTED: list[tuple[Event, dict[tuple[str, ...], float]]] = [
     (login(None, "jwt"), {("vault_csi_logins_total", "success", "auth/jwt/"): 1}),
     (login(LoginDenied("no"), "jwt"), {("vault_csi_logins_total", "denied", "other"): 1}),
     (
-        Issued(WHO, "p", Kind.ISSUED, "a", "", "r", 60.0, again=False),
+        Issued(WHO, "p", Kind.ISSUED, "a", "", "r", 60.0, again=False, seconds=0.1, objects=tuple),
         {("vault_csi_issued_total", "issued"): 1},
     ),
     (renewal(Renewing.GONE, "lease"), {("vault_csi_renewals_total", "gone", "lease"): 1}),

@@ -32,6 +32,7 @@ from tests.stand import ecommerce, kubeapi, openbao
 from tests.stand.driver import Driver, DriverError
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.kubeapi import AUDIENCE, KubeApi, Pod
+from tests.stand.kubelet import Failure
 from tests.stand.openbao import OpenBao, OpenBaoError
 from tests.stand.pki import Authority
 from tests.stand.process import Process, StandError, free_port
@@ -788,3 +789,30 @@ class TestProcess:
         """Ports stay clear of outgoing connections, so that a restart finds its port free."""
         floor = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         assert all(1024 < free_port() < floor for _ in range(5))
+
+
+DENIED = 'login as role "app" with service account shop/app denied: Vault answered 403: permission denied'
+
+
+@pytest.mark.parametrize(
+    ("failure", "cut"),
+    [
+        (Failure("PERMISSION_DENIED", DENIED, 1.0, 3.0), True),
+        (Failure("PERMISSION_DENIED", DENIED, 4.5, 5.0), True),
+        (Failure("PERMISSION_DENIED", DENIED, 0.0, 1.9), False),  # over before the seal
+        (Failure("PERMISSION_DENIED", DENIED, 5.1, 9.0), False),  # begun after it
+        (Failure("PERMISSION_DENIED", "Vault denied GET shop/data/app", 1.0, 3.0), False),
+        (Failure("UNAVAILABLE", DENIED, 1.0, 3.0), False),
+    ],
+)
+def test_a_login_that_is_cut_off_is_one_that_was_denied_meanwhile(failure: Failure, cut: bool) -> None:
+    """Long runs excuse no other denial: only a login's, that was under way while Vault was being sealed."""
+    assert failure.is_cut_login([(2.0, 5.0)]) is cut
+
+
+def test_what_does_not_come_about_is_told_with_what_there_is_instead() -> None:
+    """Whoever reads of a wait in vain, which came once in a hundred runs, knows what there was."""
+    with pytest.raises(StandError, match=r"^not within 0\.01 s: no user is left, but \['v-1'\]$"):
+        eventually(lambda: False, "no user is left", seconds=0.01, instead=lambda: ["v-1"])
+    with pytest.raises(StandError, match=r"^not within 0\.01 s: no user is left$"):
+        eventually(lambda: False, "no user is left", seconds=0.01)

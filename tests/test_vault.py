@@ -926,7 +926,7 @@ class TestStrangeAnswers:
             watch=vault.watch,
             telemetry=Telemetry(),
         )
-        raw = await bare.send("GET", "/v1/x", {}, None, mount="x/", asker=Asker())
+        raw = await bare.send(transport.Request("GET", "/v1/x", {}, None, "x/", Asker()))
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         answer = await read(vault, request)
         shown = [repr(part) for part in (raw, auth, answer, request)]

@@ -149,8 +149,8 @@ class Issued:
     request_id: str
     ttl: float
     again: bool
-    seconds: float = 0.0
-    objects: Callable[[], Sequence[ObjectSpec]] = field(default=tuple, repr=False)
+    seconds: float
+    objects: Callable[[], Sequence[ObjectSpec]] = field(repr=False)
 
 
 class Renewing(enum.Enum):

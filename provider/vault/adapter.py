@@ -22,7 +22,7 @@ from provider.redact import MASK, Sensitive, one_line
 from provider.vault.failures import NotSent
 from provider.vault.memory import Room
 from provider.vault.redirects import FOLLOWED, MAX_HOPS, NotFollowed
-from provider.vault.transport import Answer, Transport
+from provider.vault.transport import Answer, Request, Transport
 from provider.vault.watch import Asker
 
 # docs/contract.md section 3: answers after which the same request may be sent again. Not 501: what a server does not
@@ -130,20 +130,24 @@ class VaultAdapter:
             VaultUnavailable: no answer, or none of Vault's, or one that says nothing about the request (any status of
                 500 or more), or too many retries.
         """
-        sent = {"X-Vault-Token": self._token.reveal()} if self._token else {}
         body = kwargs.get("data")
         if body is None and kwargs.get("json") is not None:
             body = json.dumps(kwargs["json"]).encode()
-        asker = Asker(self._owner, self._of_mount, asyncio.get_running_loop().time(), self._reads)
-        method = method.upper()
+        request = Request(
+            method.upper(),
+            url,
+            {"X-Vault-Token": self._token.reveal()} if self._token else {},
+            body,
+            self._mount,
+            Asker(self._owner, self._of_mount, asyncio.get_running_loop().time(), self._reads),
+            self._room,
+        )
         for tries in range(1, MAX_TRIES + 1):
             asked_to_wait = 0.0
             try:
-                answer = await self._transport.send(
-                    method, url, sent, body, mount=self._mount, asker=asker, room=self._room
-                )
+                answer = await self._transport.send(request)
                 if answer.status in FOLLOWED:
-                    answer = await self._follow(answer, method, url, sent, body, asker)
+                    answer = await self._follow(answer, request)
             except NotSent as error:
                 failure: VaultUnavailable = error
             except AnswerLost as error:
@@ -164,17 +168,15 @@ class VaultAdapter:
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _follow(
-        self, answer: Answer, method: str, url: str, headers: Mapping[str, str], body: bytes | None, asker: Asker
-    ) -> Answer:
+    async def _follow(self, answer: Answer, request: Request) -> Answer:
         """Send it on to where redirects lead that may be followed."""
         transport = self._transport
         for _ in range(MAX_HOPS):
             try:
-                transport = self._redirect(transport, answer.header("Location") or "", url)
+                transport = self._redirect(transport, answer.header("Location") or "", request.path)
             except NotFollowed as refused:
                 raise self._redirected(answer, str(refused)) from None
-            answer = await transport.send(method, url, headers, body, mount=self._mount, asker=asker, room=self._room)
+            answer = await transport.send(request)
             if answer.status not in FOLLOWED:
                 return answer
         raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")

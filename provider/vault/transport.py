@@ -54,6 +54,22 @@ HEALTH: Final = "/v1/sys/health?standbyok=true&perfstandbyok=true"
 
 
 @dataclass(slots=True, eq=False)
+class Request:
+    """What is sent. ``path`` begins with a slash and is percent-encoded, query included.
+
+    ``mount`` is what is told of it; ``room``, where it is a mount's, is where the answer is to be kept.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(repr=False)
+    body: bytes | None = field(repr=False)
+    mount: str
+    asker: Asker
+    room: Room | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Answer:
     """What the server at ``address`` answered. ``body`` is the JSON object, or None where there was no JSON object.
 
@@ -101,34 +117,24 @@ class Transport:
         self._base = "" if parts.scheme == "unix" else parts.path
         self._headers = {"X-Vault-Namespace": server.namespace} if server.namespace else {}
 
-    async def send(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        *,
-        mount: str,
-        asker: Asker,
-        room: Room | None = None,
-    ) -> Answer:
-        """Send one request, once, and read its answer.
+    async def send(self, request: Request) -> Answer:
+        """Send a request, once, and read its answer.
 
-        ``path`` begins with a slash and is percent-encoded, query included. ``mount`` is what is told of it. Requests
-        take turns, owner by owner: all of them with those to other servers, and reads with those to this one.
+        Requests take turns, owner by owner: all of them with those to other servers, and reads with those to this one.
 
         Raises:
             VaultUnreachable: Vault is known to be away; nothing was sent.
             NotSent: no connection came about.
             AnswerLost: the request went out, the answer did not come, or not whole.
             VaultUnavailable: TLS failed, or the answer is too large.
-            NoRoom: ``room``, the mount's, is too small for the answer; or was so for one before, and nothing was sent.
+            NoRoom: the request's room is too small for the answer; or was so for one before, and nothing was sent.
         """
+        asker, room = request.asker, request.room
         if not self.watch.believes:
             await self.watch.admit(asker)
         queues = self.connections.turns_of_reads if asker.reads else self.connections.turns_of_others
         if not queues:
-            return await self._send(method, path, headers, body, mount, asker, room)
+            return await self._send(request)
         held, late = 0, False
 
         def be_late() -> None:
@@ -146,7 +152,7 @@ class Transport:
             if room is not None:
                 room.check()
             timer = asyncio.get_running_loop().call_later(OVERDUE_SECONDS, be_late)
-            return await self._send(method, path, headers, body, mount, asker, room)
+            return await self._send(request)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -175,29 +181,20 @@ class Transport:
         pool = await self.connections.another()
         began, status = time.monotonic(), 0
         try:
-            answer = await self._exchange(pool, "GET", HEALTH, self._headers, None, Asker(), None)
+            answer = await self._exchange(pool, Request("GET", HEALTH, {}, None, "sys/", Asker()))
             status = answer.status
         finally:
             self._telemetry.record(VaultRequest(self.server, "GET", "sys/", status, time.monotonic() - began))
             pool.close()
         return _trouble(answer)
 
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        mount: str,
-        asker: Asker,
-        room: Room | None,
-    ) -> Answer:
+    async def _send(self, request: Request) -> Answer:
         pool = await self.connections.pool()
         began, status = time.monotonic(), 0
         failure: VaultUnavailable | None = None
         flight = self.watch.began(self.look)
         try:
-            answer = await self._exchange(pool, method, path, {**self._headers, **headers}, body, asker, room)
+            answer = await self._exchange(pool, request)
             status = answer.status
             return answer
         except VaultUnavailable as error:
@@ -207,26 +204,21 @@ class Transport:
             status = error.status
             raise
         finally:
-            self._telemetry.record(VaultRequest(self.server, method, mount, status, time.monotonic() - began))
+            seconds = time.monotonic() - began
+            self._telemetry.record(VaultRequest(self.server, request.method, request.mount, status, seconds))
             self.watch.ended(flight, status, failure)
 
-    async def _exchange(
-        self,
-        pool: Pool,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        asker: Asker,
-        room: Room | None,
-    ) -> Answer:
+    async def _exchange(self, pool: Pool, request: Request) -> Answer:
+        headers = {**self._headers, **request.headers}
         try:
-            response = await pool.request(method, self._base + path, headers, body, limit=LARGE_BODY_BYTES)
+            response = await pool.request(
+                request.method, self._base + request.path, headers, request.body, limit=LARGE_BODY_BYTES
+            )
             try:
                 if response.whole and len(response.body) <= SMALL_BODY_BYTES:
                     size, parsed = size_parsed(response.body), _parse(response.body)
                 else:
-                    size, parsed = await self._large(response, asker.owner or self.server, room)
+                    size, parsed = await self._large(response, request.asker.owner or self.server, request.room)
             except NoRoom as error:
                 error.status = response.status
                 raise
