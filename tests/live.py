@@ -40,9 +40,9 @@ _GRANT = 'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{{name}}";'
 
 
 class Left(NamedTuple):
-    """Accessors of tokens, leases, and users who can log in."""
+    """Tokens and credentials, each by its lease, and users who can log in."""
 
-    tokens: set[str]
+    tokens: list[str]
     leases: list[str]
     users: list[str]
 
@@ -138,12 +138,15 @@ class Cluster:
         """The database's users of a role now; ``valid`` leaves out those that cannot log in any more."""
         return self.postgres.users(f"v-%-{role}-%", valid=valid)
 
-    def left(self, role: str, root: set[str]) -> Left:
-        """What there is of a role now, at OpenBao and in PostgreSQL; ``root`` are the accessors of others' tokens."""
-        # Valid ones: an OpenBao that is killed, or whose client goes away, while PostgreSQL commits the user it asked
-        # for gives it no lease (docs/contract.md section 3). Nobody was told of it, and it ends with its TTL.
-        users = self.users(role, valid=True)
-        return Left(self.bao.token_accessors() - root, self.bao.leases(f"database/creds/{role}"), users)
+    def left(self, role: str) -> Left:
+        """What there is of a role now, at OpenBao and in PostgreSQL."""
+        # Whom OpenBao was just serving when it or its client was killed may have left more behind, of no use to anybody
+        # (docs/contract.md section 3): accessors of tokens that are none, and users that end with their TTL.
+        return Left(
+            self.bao.leases(f"auth/{role}/login"),
+            self.bao.leases(f"database/creds/{role}"),
+            self.users(role, valid=True),
+        )
 
 
 class Daemon:

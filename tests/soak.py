@@ -174,13 +174,13 @@ class Observed(Daemon):
             sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{family} ", f"{family}{{")))
         )
 
-    def level(self, cluster: Cluster, root: set[str]) -> Level:
-        """What it holds now, and what the servers hold but ``root``, a set of tokens' accessors."""
+    def level(self, cluster: Cluster) -> Level:
+        """What it holds now, and what the servers hold of its role."""
         self._told.unlink(missing_ok=True)
         os.kill(self.process.pid, signal.SIGUSR1)
         eventually(self._told.exists, "the daemon tells what is inside it")
         inside = json.loads(self._told.read_text())
-        tokens, leases, users = cluster.left(ROLE, root).counts
+        tokens, leases, users = cluster.left(ROLE).counts
         proc = Path(f"/proc/{self.process.pid}")
         status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         return Level(
@@ -305,12 +305,11 @@ def soak(directory: Path, minutes: float) -> Soak:
     with Cluster(directory, storage="raft") as cluster:
         cluster.role(ROLE, ttl=f"{TTL}s", max_ttl=f"{MAX_TTL}s", token_ttl=f"{TTL}s")
         write_pair(cluster, 0)
-        root = cluster.bao.token_accessors()
         with Observed(cluster) as daemon:
             Node(cluster, daemon, Soak(0)).warm_up()
-            result.start = _settled(cluster, daemon, root)
+            result.start = _settled(cluster, daemon)
             Node(cluster, daemon, result).live(minutes * 60)
-            result.end = _settled(cluster, daemon, root)
+            result.end = _settled(cluster, daemon)
             result.bugs = [
                 f"the daemon logged: {event['message']}"
                 for event in daemon.events()
@@ -319,14 +318,14 @@ def soak(directory: Path, minutes: float) -> Soak:
     return result
 
 
-def _settled(cluster: Cluster, daemon: Observed, root: set[str]) -> Level:
+def _settled(cluster: Cluster, daemon: Observed) -> Level:
     """The level once nothing of any pod is left, or when that does not come about."""
     until = time.monotonic() + CLEAN
-    while any(daemon.level(cluster, root).of_pods()) and time.monotonic() < until:
+    while any(daemon.level(cluster).of_pods()) and time.monotonic() < until:
         time.sleep(1)
     # Ends the connections that are kept open for the next request: how many there are is chance.
     cluster.bao.restart()
-    return daemon.level(cluster, root)
+    return daemon.level(cluster)
 
 
 def main() -> int:

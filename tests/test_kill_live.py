@@ -190,18 +190,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with Cluster(directory) as cluster:
         cluster.role(ROLE, ttl=f"{TTL}s", token_ttl=f"{TTL}s")
         write_pair(cluster, 0)
-        root = cluster.bao.token_accessors()
         flags = (f"--state-dir={directory / 'state'}", f"--node-name={NODE}", "--sweep-interval=1s")
         with Daemon(cluster, *flags) as daemon:
             Node(cluster, daemon, run).live()
             swept = time.monotonic()
             eventually(
-                lambda: not any(cluster.left(ROLE, root)),
+                lambda: not any(cluster.left(ROLE)),
                 "nothing is left",
                 seconds=TTL + 60,
-                instead=lambda: cluster.left(ROLE, root),
+                instead=lambda: cluster.left(ROLE),
             )
-            run.left = cluster.left(ROLE, root).counts
+            run.left = cluster.left(ROLE).counts
             eventually(lambda: not list((directory / "state").glob("*.session")), "no file is left")
         run.logins = cluster.logins(ROLE)
         run.revoked_by_another = revoked_by_another(directory)

@@ -33,7 +33,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_200_pods_come_and_go(cluster: Cluster) -> None:
     """While they live each has one token, lease and user; afterwards there is none, but those of the pod that stays."""
     cluster.role("fleet")
-    root = cluster.bao.token_accessors()
     with Daemon(cluster, *SWEEPS) as daemon, Driver(daemon.socket) as driver:
         stays = cluster.mount(driver, cluster.pod("stays"), class_of("fleet", *DATABASE))
         pods = [cluster.pod(f"fleet-{number}") for number in range(PODS)]
@@ -45,7 +44,7 @@ def test_200_pods_come_and_go(cluster: Cluster) -> None:
 
         with ThreadPoolExecutor(DRIVERS) as pool:
             list(pool.map(come, (pods[number::DRIVERS] for number in range(DRIVERS))))
-        assert cluster.left("fleet", root).counts == (PODS + 1, PODS + 1, PODS + 1)
+        assert cluster.left("fleet").counts == (PODS + 1, PODS + 1, PODS + 1)
         for number, pod in enumerate(pods):
             if number % 2:
                 cluster.kube.remove_pod(pod)
@@ -53,7 +52,7 @@ def test_200_pods_come_and_go(cluster: Cluster) -> None:
                 cluster.kube.add_pod(
                     pod.namespace, pod.name, service_account=pod.service_account, uid=pod.uid, node=NODE, phase="Failed"
                 )
-        eventually(lambda: cluster.left("fleet", root).counts == (1, 1, 1), "nothing of the pods is left", seconds=60)
+        eventually(lambda: cluster.left("fleet").counts == (1, 1, 1), "nothing of the pods is left", seconds=60)
         assert cluster.postgres.can_login(*credential(stays))
         assert driver.remount(stays).files == stays.files
     assert (cluster.issued("fleet"), cluster.logins("fleet")) == (PODS + 1, PODS + 1)
@@ -62,15 +61,14 @@ def test_200_pods_come_and_go(cluster: Cluster) -> None:
 def test_pod_that_went_while_the_daemon_was_down(cluster: Cluster, tmp_path: Path) -> None:
     """The next daemon on the state directory finds it gone, and revokes what the one before had been given for it."""
     cluster.role("missed")
-    root = cluster.bao.token_accessors()
     with Daemon(cluster, *SWEEPS, f"--state-dir={tmp_path / 'state'}") as daemon, Driver(daemon.socket) as driver:
         pod = cluster.pod("missed")
         cluster.mount(driver, pod, class_of("missed", *DATABASE))
         daemon.kill()
         cluster.kube.remove_pod(pod)
-        assert cluster.left("missed", root).counts == (1, 1, 1)
+        assert cluster.left("missed").counts == (1, 1, 1)
         daemon.start()
-        eventually(lambda: cluster.left("missed", root).counts == (0, 0, 0), "nothing of the pod is left")
+        eventually(lambda: cluster.left("missed").counts == (0, 0, 0), "nothing of the pod is left")
         eventually(lambda: not list((tmp_path / "state").glob("*.session")), "its file is gone too")
 
 
@@ -87,7 +85,6 @@ def test_nothing_is_revoked_without_proof(cluster: Cluster) -> None:
         Driver(off.socket) as with_off,
     ):
         cluster.role("spared")
-        root = cluster.bao.token_accessors()
         drivers = {"lost": with_lost, "misled": with_misled, "off": with_off}
         pods = {name: cluster.pod(name) for name in drivers}
         for name, driver in drivers.items():
@@ -96,7 +93,7 @@ def test_nothing_is_revoked_without_proof(cluster: Cluster) -> None:
         cluster.kube.remove_pod(pods["off"])
         eventually(lambda: said(lost, "this sweep revokes nothing") >= LOOKS, "sweeps that prove nothing")
         eventually(lambda: cluster.kube.count("GET", f"/namespaces/{NAMESPACE}/pods") >= LOOKS, "looks by name")
-        assert cluster.left("spared", root).counts == (3, 3, 3)
+        assert cluster.left("spared").counts == (3, 3, 3)
 
 
 def said(daemon: Daemon, words: str) -> int:
