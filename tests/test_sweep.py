@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -44,6 +46,23 @@ async def test_many_pods_come_and_go() -> None:
         assert not stage.vault.live_tokens()
         assert not stage.vault.live_leases()
         assert not node.sessions.all()
+
+
+@simulated
+async def test_an_ended_session_is_not_left_to_the_garbage_collector() -> None:
+    """What a pod had is forgotten with it, its tokens too: no cycle holds it until somebody looks for those."""
+    gc.disable()
+    try:
+        async with Stage() as stage:
+            node, pod = stage.node(), stage.pod("a")
+            await node.mount(pod, *credential(), STATIC)
+            (session,) = (weakref.ref(found) for found in node.sessions.all())
+            assert session() is not None
+            stage.remove(pod)
+            await asyncio.sleep(3 * SWEEP)
+            assert session() is None
+    finally:
+        gc.enable()
 
 
 @simulated

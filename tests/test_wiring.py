@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from provider.cli import main
+from provider.cli import daemon, main
 from provider.cli.parts import Parts
 from provider.mount import MountResult
 from provider.render import RenderedFile
@@ -40,7 +40,14 @@ class Collected:
         self._mounted = threading.Event()
 
     async def mount(self, spec: MountSpec) -> MountResult:
-        told = json.dumps({"enabled": gc.isenabled(), "frozen": gc.get_freeze_count(), "threshold": gc.get_threshold()})
+        told = json.dumps(
+            {
+                "enabled": gc.isenabled(),
+                "frozen": gc.get_freeze_count(),
+                "threshold": gc.get_threshold(),
+                "collections": [generation["collections"] for generation in gc.get_stats()],
+            }
+        )
         self._mounted.set()
         return MountResult((RenderedFile("gc", 0o600, told.encode()),), (("gc", "1"),))
 
@@ -110,7 +117,7 @@ def test_metrics_are_served_where_the_flag_says(
 
 def test_collector_looks_at_nothing_at_the_start_and_seldom_once_mounts_are_served(tmp_path: Path) -> None:
     """It is off until all is imported, looks at none of that later, and at the rest seldom; mounts do not wait for
-    what is imported once the daemon listens."""
+    what is imported once the daemon listens. What they leave is collected from time to time all the same."""
     with (
         running(tmp_path, "tests.test_wiring", "--health-addr=", ready="mounts are served"),
         Driver(tmp_path / "vault.sock") as driver,
@@ -125,6 +132,9 @@ def test_collector_looks_at_nothing_at_the_start_and_seldom_once_mounts_are_serv
         assert not mounted()["enabled"]
         eventually(lambda: mounted()["enabled"], "the collector is on")
         told = mounted()
+        youngest, *older = told["collections"]
+        eventually(lambda: mounted()["collections"][0] > youngest, "the youngest objects are looked through")
+        assert mounted()["collections"][1:] == older
     assert told["frozen"] > 10_000
     assert told["threshold"][0] > gc.get_threshold()[0]
 
@@ -142,4 +152,5 @@ def test_daemon_listens_before_it_imports_what_only_mounts_need() -> None:
 
 
 if __name__ == "__main__":
+    daemon.COLLECT_SECONDS = 0.1  # type: ignore[misc]  # of a minute
     sys.exit(main(build=build))

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from provider.clock import Clock
 from provider.sessions.holdings import Holdings
+from provider.sessions.model import Identity
 from provider.sessions.snapshot import Snapshot, dump, load
+from provider.spc import Pod
 from provider.state import Entry, StateDir, StateUnusable
 
 
@@ -30,26 +32,27 @@ class _Holding:
 
 
 class SessionFile:
-    """The file of one session, or nothing at all while ``state`` gives no directory.
+    """The file of the session of ``identity`` and ``pod``, or nothing at all while ``state`` gives no directory.
 
-    ``holdings`` adopt what another daemon wrote; ``snapshot`` is what to write once they changed.
+    ``holdings`` adopt what another daemon wrote, and are written once they changed.
     """
 
     def __init__(
         self,
-        key: str,
+        identity: Identity,
+        pod: Pod,
         state: Callable[[], StateDir | None],
         clock: Clock,
         holdings: Holdings,
-        snapshot: Callable[[], Snapshot],
     ) -> None:
         self.generation = 0
         """The generation that was last read or written; 0 before the first."""
-        self._key = key
+        self._identity = identity
+        self._pod = pod
+        self._key = identity.key
         self._state = state
         self._clock = clock
         self._holdings = holdings
-        self._snapshot = snapshot
         self._ended = False
         self._gate = asyncio.Lock()
         self._holders = 0
@@ -158,8 +161,9 @@ class SessionFile:
         if store is None or not self._holdings.changed or self._ended:
             return
         self._holdings.changed = False
+        snapshot = Snapshot(self._identity, self._pod, self._holdings.tokens, list(self._holdings.kept.values()))
         try:
-            await store.save(self._key, Entry(self.generation + 1, dump(self._snapshot(), self._clock)))
+            await store.save(self._key, Entry(self.generation + 1, dump(snapshot, self._clock)))
         except StateUnusable:
             self._holdings.changed = True  # tried again after the next mount or renewal
         else:

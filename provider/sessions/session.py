@@ -116,7 +116,7 @@ class Session:
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._crowded = False  # whether an answer to the last mount that asked Vault had no room
         self._policy_login_at = float("-inf")
-        self.file = SessionFile(identity.key, around.state, around.clock, self._has, self._snapshot)
+        self.file = SessionFile(identity, pod, around.state, around.clock, self._has)
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
@@ -703,9 +703,6 @@ class Session:
     def adopt(self, snapshot: Snapshot) -> None:
         """Take over what a file holds."""
         self._has.adopt(snapshot)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(self.identity, self.pod, self._has.tokens, list(self._has.kept.values()))
 
     def view(self) -> SessionView:
         """The session as it is now, for people and for metrics."""
