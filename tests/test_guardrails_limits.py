@@ -48,6 +48,8 @@ SLICES = 0.05
 STALL, SLOW, MOST_SLOW = 4.0, 0.5, 0.05
 # The same of a daemon's memory: the manifests give it 384 MiB, of which this leaves a half to the process of templates.
 MOST_MEMORY = 200 * MIB
+# Mounts of 4 MiB, which together are more than that.
+FAILING = 60
 # A secret of 57 KiB that takes more than a MiB in memory, and keeps a Vault without an audit log busy for 7 ms.
 LARGE_SECRET = {"api_key": "key-2", **{f"more-{number}": [[]] * 2400 for number in range(8)}}
 # At once: 3 mounts, 10 objects, 2 MiB.
@@ -499,4 +501,20 @@ def test_a_class_of_large_answers_takes_little_memory(tmp_path: Path, parameters
                 assert "come to more than 32 MiB in memory" in outcome
             else:
                 assert outcome == ("key-1" if objects is small else "key-2")
+        assert peak_memory(daemon) < MOST_MEMORY
+
+
+def test_mounts_that_fail_keep_nothing(tmp_path: Path) -> None:
+    """A class of large secrets and one that is not there fails each time, as often as kubelet tries: what it read goes
+    with each try.
+    """
+    with Cluster(tmp_path) as cluster, Daemon(cluster) as daemon, Driver(daemon.socket) as driver:
+        cluster.role("app")
+        cluster.bao.write_kv("shop/data/large", {"key": "x" * 900 * 1024})
+        objects = [f"{{objectName: o{n}, secretPath: shop/data/large, secretKey: key}}" for n in range(4)]
+        objects.append("{objectName: none, secretPath: shop/data/none, secretKey: key}")
+        for number in range(FAILING):
+            with pytest.raises(grpc.RpcError) as failed:
+                cluster.mount(driver, cluster.pod(f"app-{number}"), class_of("app", *objects))
+            assert failed.value.code() is grpc.StatusCode.NOT_FOUND
         assert peak_memory(daemon) < MOST_MEMORY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import sys
@@ -17,7 +18,7 @@ from provider.errors import Code, MountFailed, ProviderError
 from provider.redact import Sensitive
 from provider.settings import TlsSettings
 from provider.spc import SecretRequest, VaultServer
-from provider.vault import Memory, NoRoom, Room, VaultServers, adapter, memory, transport
+from provider.vault import Memory, NoRoom, Room, VaultSecret, VaultServers, adapter, memory, transport
 from provider.vault.memory import (
     ALL_SMALL_ANSWERS_BYTES,
     LARGE_MOUNTS,
@@ -27,7 +28,7 @@ from provider.vault.memory import (
     size_parsed,
 )
 from tests.stand.faulty import Answer, Faulty
-from tests.stand.simnode import Stage, credential, wanted
+from tests.stand.simnode import STATIC, Stage, credential, wanted
 from tests.stand.simtime import simulated
 
 LARGE = 2 * SMALL_ANSWERS_BYTES
@@ -364,6 +365,60 @@ async def test_reads_that_could_have_no_room_are_not_sent() -> None:
         assert stage.vault.count("secret/data/large") < 200
         assert is_whole(node.sessions._memory)
         assert await node.mount(pod, files[0], volume="/other") == {"file-0": "large-0"}
+
+
+WITHOUT = {
+    "a secret that is not there": wanted("bad", "secret/data/none", "password"),
+    "a key that is not there": wanted("bad", "secret/data/app", "none"),
+    "an engine that is not there": wanted("bad", "none/app", "password"),
+}
+
+
+@pytest.mark.parametrize("why", WITHOUT)
+@simulated
+async def test_a_mount_that_fails_leaves_nothing_to_the_garbage_collector(why: str) -> None:
+    """Errors come with frames, and frames with what was read; neither may be in a cycle with the other."""
+    gc.disable()
+    try:
+        async with Stage() as stage:
+            node = stage.node()
+            pod, other = stage.pod("a"), stage.pod("b")
+            await node.mount(other, STATIC)  # what is learnt once
+            before = left_of_mounts()
+            for _ in range(3):
+                with pytest.raises(MountFailed) as told:
+                    await node.mount(pod, STATIC, WITHOUT[why])
+                del told
+            assert left_of_mounts() == before
+    finally:
+        gc.enable()
+
+
+@simulated
+async def test_a_mount_without_vault_leaves_nothing_to_the_garbage_collector() -> None:
+    """Nor does one whose reads others would have shared."""
+    gc.disable()
+    try:
+        async with Stage() as stage:
+            node, pod = stage.node(), stage.pod("a")
+            await node.mount(pod, STATIC)
+            await asyncio.sleep(1)  # until its engine is known, whose reads are shared
+            await stage.vault.stop()
+            left = []
+            for _ in range(3):
+                with pytest.raises(MountFailed) as told:
+                    await node.mount(pod, STATIC)
+                del told
+                left.append(left_of_mounts())
+            await stage.vault.start()
+            assert left == left[:1] * 3  # the first may be kept, for who asks what is wrong
+    finally:
+        gc.enable()
+
+
+def left_of_mounts() -> int:
+    """How many answers of Vault and errors there are, those that nobody can reach included."""
+    return sum(isinstance(found, VaultSecret | ProviderError) for found in gc.get_objects())
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 503])
