@@ -19,7 +19,7 @@ from tests.bench.profile import read
 from tests.bench.results import Results, run
 from tests.bench.scenarios import Figure, Requests, count
 from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon, program
-from tests.bench.targets import REFERENCE_READ_MS, Target, slowness, targets
+from tests.bench.targets import REFERENCE_READ_MS, Target, growth, slowness, targets
 from tests.stand.latency import LatencyProxy, RequestCounter
 from tests.stand.process import StandError
 from tests.tools import ROOT
@@ -364,6 +364,14 @@ class TestRun:
             assert picture.format == "PNG"
             assert picture.getpixel((0, 0)) == (255, 255, 255)
         assert "MISSED" in report.terminal([dataclasses.replace(one, limit=-1.0) for one in targets(results)])
+
+
+@pytest.mark.parametrize(("leak", "gained"), [(0.0, 0.0), (-4.0, 0.0), (8.0, 4.0)])
+def test_memory_gained_is_a_leaks_and_not_mallocs(leak: float, gained: float) -> None:
+    """What goes up and down by 5 MiB has gained nothing; a leak of 8 MiB an hour gains 4 in half of one."""
+    rounds = 48
+    memory = tuple(93.0 + 2.5 * (number % 3) + leak * number / rounds for number in range(rounds + 1))
+    assert growth(memory) == pytest.approx(gained, abs=0.5)
 
 
 def test_profile_gives_each_function_what_is_its_own() -> None:

@@ -13,7 +13,7 @@ from tests.bench.profile import RATE, Cost
 from tests.bench.results import Results
 from tests.bench.scenarios import OBJECTS, REMOUNT_SECONDS, Figure
 from tests.bench.stand import ROOT
-from tests.bench.targets import AWAY, REFERENCE_READ_MS, Target, growth, slowness, targets
+from tests.bench.targets import AWAY, REFERENCE_READ_MS, Target, growth, quarters, slowness, targets
 from tests.bench.yardstick import IN_FLIGHT
 
 PAGE: Final = ROOT / "docs" / "benchmarks.md"
@@ -361,13 +361,12 @@ def _lateness(results: Results) -> str:
 def _node(results: Results) -> str:
     full, idle = results.full_node, results.idle
     memory = full.memory
-    quarters = [memory[round(at * (len(memory) - 1) / 4)] for at in range(5)]
     return (
         f"- {full.pods} pods of {OBJECTS} static objects, re-mounted once over {full.seconds:g} s: "
         f"{full.core * 100:.1f} % of one core.\n"
-        f"- The same re-mounted {len(memory) - 1} times as fast as it goes: resident memory at the beginning, at "
-        f"each quarter and at the end {', '.join(f'{size:.0f}' for size in quarters)} MiB; {growth(memory):.1f} MiB "
-        "gained after the first half.\n"
+        f"- The same re-mounted {len(memory) - 1} times as fast as it goes: resident memory, each quarter's "
+        f"median, {', '.join(f'{size:.0f}' for size in quarters(memory))} MiB; {growth(memory):.1f} MiB gained in the "
+        f"half hour from the second to the last; {min(memory):.0f} to {max(memory):.0f} MiB at any time.\n"
         f"- Left alone with the sessions of {idle.pods} pods: the event loop's thread wakes {idle.loop_wakeups:.1f} "
         f"times a second, all threads together (gRPC's own among them) {idle.all_wakeups:.1f} times; "
         f"{idle.core * 100:.2f} % of one core, {idle.memory:.0f} MiB.\n"
