@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -136,15 +136,14 @@ class Service:
             failure = _unexpected(error, about)
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller gets a code that kubelet retries
             failure = _unexpected(error, about)
-        await self._abort(failure, about, asyncio.get_running_loop().time() - began, context)
+        message = self._tell(failure, about, asyncio.get_running_loop().time() - began)
+        # Not abort: its exception is in a cycle with the frames of the call, and so with the whole request.
+        context.set_code(grpc.StatusCode[failure.code.value])
+        context.set_details(message)
+        return b""
 
-    async def _abort(
-        self,
-        failure: ProviderError,
-        about: _About,
-        seconds: float,
-        context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> NoReturn:
+    def _tell(self, failure: ProviderError, about: _About, seconds: float) -> str:
+        """Tell whoever listens of a mount that failed; and what to tell the caller."""
         message = fit(one_line(str(failure), MAX_MESSAGE_BYTES))
         level = logging.ERROR if failure.code is Code.INTERNAL else logging.WARNING
         # docs/contract.md section 1: the driver hides the failure of a re-mount, so the log has to tell.
@@ -155,7 +154,7 @@ class Service:
                 failure.code.name, message, seconds, about.pod, about.class_name, about.target_path, about.spec
             )
         )
-        await context.abort(grpc.StatusCode[failure.code.value], message)
+        return message
 
     async def _mount(self, data: bytes, about: _About) -> bytes:
         try:
