@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 from provider.redact import one_line
 
@@ -41,6 +41,15 @@ class ProviderError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}: {self.advice}" if self.advice else self.what
+
+    def alone(self) -> Self:
+        """It itself, without the frames and errors that it came of: for who keeps it beyond the ``except``.
+
+        They hold what a mount read. Where one of them also holds the error they are a cycle, in which all of it stays
+        until the garbage collector looks.
+        """
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
 
 class InvalidClass(ProviderError):

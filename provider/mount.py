@@ -240,9 +240,7 @@ class Mounter:
                 what = one_line(f"left out, since it is optional: {about}{error}", MAX_WHAT)
                 self._tell(spec, [what], logging.INFO)
             else:
-                # Without the frames that it came through: they hold the answers, and this list, so that it would be a
-                # cycle with them.
-                failures.append((wanted, request, error.with_traceback(None)))
+                failures.append((wanted, request, error.alone()))
 
         contents = Contents(len(spec.objects))
         answered: list[Answered] = []

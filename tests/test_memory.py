@@ -374,46 +374,40 @@ WITHOUT = {
 }
 
 
+@pytest.mark.usefixtures("collector_off")
 @pytest.mark.parametrize("why", WITHOUT)
 @simulated
 async def test_a_mount_that_fails_leaves_nothing_to_the_garbage_collector(why: str) -> None:
     """Errors come with frames, and frames with what was read; neither may be in a cycle with the other."""
-    gc.disable()
-    try:
-        async with Stage() as stage:
-            node = stage.node()
-            pod, other = stage.pod("a"), stage.pod("b")
-            await node.mount(other, STATIC)  # what is learnt once
-            before = left_of_mounts()
-            for _ in range(3):
-                with pytest.raises(MountFailed) as told:
-                    await node.mount(pod, STATIC, WITHOUT[why])
-                del told
-            assert left_of_mounts() <= before
-    finally:
-        gc.enable()
+    async with Stage() as stage:
+        node = stage.node()
+        pod, other = stage.pod("a"), stage.pod("b")
+        await node.mount(other, STATIC)  # what is learnt once
+        before = left_of_mounts()
+        for _ in range(3):
+            with pytest.raises(MountFailed) as told:
+                await node.mount(pod, STATIC, WITHOUT[why])
+            del told
+        assert left_of_mounts() <= before
 
 
+@pytest.mark.usefixtures("collector_off")
 @simulated
 async def test_a_mount_without_vault_leaves_nothing_to_the_garbage_collector() -> None:
     """Nor does one whose reads others would have shared."""
-    gc.disable()
-    try:
-        async with Stage() as stage:
-            node, pod = stage.node(), stage.pod("a")
-            await node.mount(pod, STATIC)
-            await asyncio.sleep(1)  # until its engine is known, whose reads are shared
-            await stage.vault.stop()
-            left = []
-            for _ in range(3):
-                with pytest.raises(MountFailed) as told:
-                    await node.mount(pod, STATIC)
-                del told
-                left.append(left_of_mounts())
-            await stage.vault.start()
-            assert max(left[1:]) <= left[0]  # the first may be kept, for who asks what is wrong
-    finally:
-        gc.enable()
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, STATIC)
+        await asyncio.sleep(1)  # until its engine is known, whose reads are shared
+        await stage.vault.stop()
+        left = []
+        for _ in range(3):
+            with pytest.raises(MountFailed) as told:
+                await node.mount(pod, STATIC)
+            del told
+            left.append(left_of_mounts())
+        await stage.vault.start()
+        assert max(left[1:]) <= left[0]  # the first may be kept, for who asks what is wrong
 
 
 def left_of_mounts() -> int:

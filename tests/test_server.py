@@ -212,6 +212,7 @@ async def test_each_error_keeps_its_code_and_message(path: Path, kind: type[Prov
     assert "what is wrong: what to do" in message
 
 
+@pytest.mark.usefixtures("collector_off")
 async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(path: Path) -> None:
     """Its error is gone with it, and so whatever the call's frames held: the request, which may be large."""
 
@@ -221,14 +222,10 @@ async def test_a_call_that_fails_leaves_nothing_to_the_garbage_collector(path: P
     async def fail(spec: MountSpec) -> MountResult:
         raise Own("what is wrong", "what to do")
 
-    gc.disable()
-    try:
-        async with serving(path, Mounting(fail)) as stub:
-            for _ in range(3):
-                await refusal(stub.Mount(REQUEST))
-            assert not any(type(found) is Own for found in gc.get_objects())
-    finally:
-        gc.enable()
+    async with serving(path, Mounting(fail)) as stub:
+        for _ in range(3):
+            await refusal(stub.Mount(REQUEST))
+        assert not any(type(found) is Own for found in gc.get_objects())
 
 
 async def test_faults_of_templates_are_told_with_the_others(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import weakref
 
 import pytest
@@ -48,21 +47,18 @@ async def test_many_pods_come_and_go() -> None:
         assert not node.sessions.all()
 
 
+@pytest.mark.usefixtures("collector_off")
 @simulated
 async def test_an_ended_session_is_not_left_to_the_garbage_collector() -> None:
     """What a pod had is forgotten with it, its tokens too: no cycle holds it until somebody looks for those."""
-    gc.disable()
-    try:
-        async with Stage() as stage:
-            node, pod = stage.node(), stage.pod("a")
-            await node.mount(pod, *credential(), STATIC)
-            (session,) = (weakref.ref(found) for found in node.sessions.all())
-            assert session() is not None
-            stage.remove(pod)
-            await asyncio.sleep(3 * SWEEP)
-            assert session() is None
-    finally:
-        gc.enable()
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, *credential(), STATIC)
+        (session,) = (weakref.ref(found) for found in node.sessions.all())
+        assert session() is not None
+        stage.remove(pod)
+        await asyncio.sleep(3 * SWEEP)
+        assert session() is None
 
 
 @simulated

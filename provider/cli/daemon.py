@@ -113,7 +113,7 @@ def _settle_memory() -> None:
 
 
 async def _collect_garbage() -> None:
-    """Collect what gRPC leaves of each call: five objects in a cycle, which 100,000 of would take 5 MiB."""
+    """Collect what gRPC leaves of each call: five objects in a cycle, up to 5 MiB at the collector's own threshold."""
     while True:
         await asyncio.sleep(COLLECT_SECONDS)
         gc.collect(0)  # the youngest alone: what lives on is not looked through again

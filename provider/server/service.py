@@ -121,7 +121,7 @@ class Service:
             async with asyncio.timeout(self._limit):
                 return await self._mount(data, about)
         except ProviderError as error:
-            failure = _alone(error)
+            failure = error.alone()
         except TimeoutError:
             failure = OutOfTime(
                 f"the mount is not done after {self._limit:g} s",
@@ -224,16 +224,6 @@ class Service:
         except InvalidClass as error:
             spec = error
         return spec, time.thread_time() - began
-
-
-def _alone(error: ProviderError) -> ProviderError:
-    """The error without the frames that it came through.
-
-    They hold what the mount read; and with the frame that keeps the error they are a cycle, so that all of it would
-    stay until the garbage collector looks.
-    """
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
 
 
 def _unexpected(error: BaseException, about: _About) -> ProviderError:

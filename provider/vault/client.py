@@ -249,9 +249,7 @@ class Vault:
                 size=adapter.size,
             )
         try:
-            # It is kept until its mount ends: without the frames, and so the answer, that it came by.
-            error.__cause__ = error.__context__ = None
-            raise error.with_traceback(None)
+            raise error.alone()
         finally:
             del error
 
