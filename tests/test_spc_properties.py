@@ -161,7 +161,7 @@ def test_no_secret_is_in_what_is_said(
     else:
         # The query belongs to the request that others have to show with care; it is not a body.
         requests = [
-            replace(item, sources=tuple(replace(s, request=replace(s.request, query=())) for s in item.sources))
+            replace(item, sources=tuple(replace(s, request=s.request._replace(query=())) for s in item.sources))
             for item in spec.objects
         ]
         said = f"{replace(spec, objects=tuple(requests))!r} {spec.warnings} {spec.tokens}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
 import re
@@ -92,13 +91,13 @@ def test_the_layout_is_the_documented_one() -> None:
         changed(key=""),
         changed(mode=0o600),
         changed(encoding=Encoding.HEX),
-        changed(request=dataclasses.replace(REQUEST, method="POST")),
-        changed(request=dataclasses.replace(REQUEST, path="ecommerce/data/apps")),
-        changed(request=dataclasses.replace(REQUEST, query=())),
-        changed(request=dataclasses.replace(REQUEST, query=(("version", "3"),))),
-        changed(request=dataclasses.replace(REQUEST, body=Sensitive('{"ttl":"2h"}'))),
-        changed(request=dataclasses.replace(REQUEST, body=None)),
-        changed(request=dataclasses.replace(REQUEST, body=Sensitive(""))),
+        changed(request=REQUEST._replace(method="POST")),
+        changed(request=REQUEST._replace(path="ecommerce/data/apps")),
+        changed(request=REQUEST._replace(query=())),
+        changed(request=REQUEST._replace(query=(("version", "3"),))),
+        changed(request=REQUEST._replace(body=Sensitive('{"ttl":"2h"}'))),
+        changed(request=REQUEST._replace(body=None)),
+        changed(request=REQUEST._replace(body=Sensitive(""))),
     ],
 )
 def test_each_field_of_the_definition_counts(other: ObjectSpec) -> None:

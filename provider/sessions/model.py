@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from provider.errors import ProviderError
 from provider.sessions.lifetime import ROUNDING_SECONDS, Lifetime
@@ -55,8 +55,7 @@ class Identity:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One distinct read of a mount, as its objects want it.
 
     ``fresh`` asks for a response that is issued on every mount and never kept. ``renew_percent`` is the part of its
@@ -68,13 +67,6 @@ class Read:
     fresh: bool = False
     renew_percent: float = 67.0
     refresh_after: float = 0.0
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.request, self.fresh)))
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
 Answers = dict[Read, VaultSecret | ProviderError]
