@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from provider.errors import KubernetesUnavailable, MountFailed, ProviderError
 from provider.sessions import registry
 from provider.state import _HEAD, _NONCE, MAX_FILE_BYTES, Entry, StateDir, StateUnusable
-from tests.stand.simnode import KEY, STATIC, Key, Stage, credential, wanted
+from tests.stand.simnode import CERTIFICATE, KEY, STATIC, Key, Stage, credential, wanted
 from tests.stand.simtime import simulated
 from tests.stand.simvault import Role
 
@@ -85,6 +85,91 @@ async def test_what_another_daemon_issued_since_wins_over_memory() -> None:
         newer = await first.mount(pod, *credential())
         assert await second.mount(pod, *credential()) == newer
         assert stage.vault.issued == 2
+
+
+@simulated
+async def test_mount_given_up_while_it_reads_the_file_leaves_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubelet gives up while a mount takes over what another daemon wrote: both daemons mount the pod again at once."""
+    async with Stage() as stage:
+        pod, load, begun = stage.pod("a"), StateDir.load, asyncio.Event()
+        old, new = stage.node(kept=True), stage.node(kept=True)
+        await old.mount(pod, *credential())
+        await new.mount(pod, *credential())
+        await old.mount(pod, CERTIFICATE, volume="/other")
+        (session,) = new.sessions.of_pod(pod.uid)
+        assert session.file.is_behind()
+
+        async def load_late(store: StateDir, key: str) -> Entry | None:
+            begun.set()
+            await asyncio.sleep(1)
+            return await load(store, key)
+
+        monkeypatch.setattr(StateDir, "load", load_late)
+        given_up = asyncio.create_task(new.mount(pod, *credential()))
+        await begun.wait()
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        monkeypatch.undo()
+        began = stage.world.now()
+        newer = await new.mount(pod, *credential())
+        assert await old.mount(pod, *credential()) == newer
+        assert stage.world.now() - began < 1
+
+
+@simulated
+async def test_mount_given_up_while_it_waits_for_the_disk_leaves_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes away while another's write keeps it from letting go lets go all the same."""
+    async with Stage() as stage:
+        pod, save, begun = stage.pod("a"), StateDir.save, asyncio.Event()
+        old, new = stage.node(kept=True), stage.node(kept=True)
+        await old.mount(pod, *credential())
+        (session,) = old.sessions.of_pod(pod.uid)
+
+        async def save_late(store: StateDir, key: str, entry: Entry) -> None:
+            begun.set()
+            await asyncio.sleep(1)
+            await save(store, key, entry)
+
+        async def hold() -> None:
+            async with session.file.held():
+                await begun.wait()
+
+        monkeypatch.setattr(StateDir, "save", save_late)
+        holding = asyncio.create_task(hold())
+        await asyncio.sleep(1)
+        session._has.changed = True
+        saving = asyncio.create_task(session.file.save())
+        await begun.wait()
+        await asyncio.sleep(0.5)
+        holding.cancel()
+        await asyncio.wait([holding, saving])
+        assert holding.cancelled()
+        monkeypatch.undo()
+        await asyncio.sleep(1)
+        began = stage.world.now()
+        await new.mount(pod, *credential(), STATIC)
+        assert stage.world.now() - began < 1
+
+
+@simulated
+async def test_write_that_is_given_up_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that was cancelled before the disk had it is not taken for done: the next daemon finds the credential."""
+    async with Stage() as stage:
+        old, pod, save = stage.node(kept=True), stage.pod("a"), StateDir.save
+        await old.mount(pod, STATIC)
+        (session,) = old.sessions.of_pod(pod.uid)
+
+        async def save_never(store: StateDir, key: str, entry: Entry) -> None:
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(StateDir, "save", save_never)
+        session._has.changed = True
+        with pytest.raises(asyncio.CancelledError):
+            await session.file.flush()
+        monkeypatch.setattr(StateDir, "save", save)
+        assert session.file.changed
+        await session.file.flush()
+        assert not session.file.changed
 
 
 @simulated

@@ -918,6 +918,24 @@ async def test_one_caller_who_goes_away_takes_nobody_along() -> None:
         assert (await second)["user"] == stage.vault.all_leases[0].username
 
 
+@simulated
+async def test_caller_who_joined_and_went_away_hears_no_failure() -> None:
+    """Nobody is left to hear that the read it joined failed; asyncio, which the stage listens to, does not complain."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, STATIC)
+        with stage.vault.hold("database/"):
+            first = asyncio.create_task(node.mount(pod, *credential("database/creds/none"), volume="/one"))
+            await asyncio.sleep(1)
+            second = asyncio.create_task(node.mount(pod, *credential("database/creds/none"), volume="/two"))
+            await asyncio.sleep(1)
+            second.cancel()
+            await asyncio.wait([second])
+        await asyncio.wait([first])
+        assert isinstance(first.exception(), MountFailed)
+        gc.collect()
+
+
 # 403 and tokens of other kinds ----------------------------------------------------------------------------------
 
 

@@ -219,6 +219,25 @@ async def test_cancelled_in_the_step_in_which_it_is_its_turn() -> None:
         assert turns.free == 1
 
 
+@pytest.mark.parametrize("holds", [False, True])
+async def test_dismissed_and_cancelled_in_one_step(holds: bool) -> None:
+    """Vault is gone and the mount's time is up at once: who waited gives back no place, since it had none."""
+    turns = Turns(2)
+    await turns.take("in")
+    await turns.take("waits" if holds else "other")
+    waiting = asyncio.create_task(turns.take("waits"))
+    await asyncio.sleep(0)
+    turns.dismiss()
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    assert waiting.cancelled()
+    assert turns.free == 0
+    turns.give("waits" if holds else "other")
+    turns.give("in")
+    assert turns.free == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_place_is_lost(seed: int) -> None:
     """After any mix of owners, stays and cancellations all places are free; never were more held than there are."""

@@ -28,7 +28,8 @@ class _Holding:
 
     async def __aexit__(self, *_: object) -> None:
         if not self._file.part():
-            await self._file.leave()
+            # Whoever goes away while it waits here must let go all the same.
+            await asyncio.shield(self._file.leave())
 
 
 class SessionFile:
@@ -147,6 +148,13 @@ class SessionFile:
             await self._lock.enter_async_context(store.lock(self._key))
         except StateUnusable:
             return  # without the lock, as without the directory
+        try:
+            await self._catch_up(store)
+        except BaseException:
+            await self._lock.aclose()  # nobody holds it: whoever was to, went away meanwhile
+            raise
+
+    async def _catch_up(self, store: StateDir) -> None:
         entry = await store.load(self._key) if self.is_behind() else None
         if entry is not None:
             try:
@@ -162,9 +170,14 @@ class SessionFile:
             return
         self._holdings.changed = False
         snapshot = Snapshot(self._identity, self._pod, self._holdings.tokens, list(self._holdings.kept.values()))
+        written = False
         try:
             await store.save(self._key, Entry(self.generation + 1, dump(snapshot, self._clock)))
+            written = True
         except StateUnusable:
-            self._holdings.changed = True  # tried again after the next mount or renewal
-        else:
-            self.generation += 1
+            pass  # the log has it
+        finally:
+            if written:
+                self.generation += 1
+            else:
+                self._holdings.changed = True  # tried again after the next mount or renewal

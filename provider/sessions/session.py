@@ -191,7 +191,7 @@ class Session:
             if read not in found:
                 at_hand.pop(read, None)
                 task = self._ask(read, mount)
-                asked[read] = asyncio.create_task(self._joined(task, mount)) if task in others else task
+                asked[read] = self._joined(task, mount) if task in others else task
         if self._token_at_hand(mount) is None:
             self._vault.expect(len(asked))
         # It leaves the tasks alone when the caller goes away.
@@ -238,11 +238,17 @@ class Session:
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
         return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
 
-    async def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> VaultSecret:
+    def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> asyncio.Task[VaultSecret]:
         """What another mount's task brings; it is kept here too."""
-        secret = await asyncio.shield(task)
-        mount.room.take(secret.size, leased=secret.leased)
-        return secret
+
+        async def join() -> VaultSecret:
+            secret = await asyncio.shield(task)
+            mount.room.take(secret.size, leased=secret.leased)
+            return secret
+
+        joined = asyncio.create_task(join())
+        joined.add_done_callback(_seen)
+        return joined
 
     async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read from Vault, and keep what is leased or issued."""
@@ -682,8 +688,7 @@ class Session:
 
     def _done(self, key: object, task: asyncio.Task[Any]) -> None:
         del self._under_way[key]
-        if not task.cancelled():
-            task.exception()  # seen: who waited may be gone, and Python would complain of an exception never read
+        _seen(task)
 
     async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool) -> _T:
         """Do it within ANSWER_SECONDS, and if ``held`` while the session's file is held."""
@@ -726,3 +731,9 @@ class Session:
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Who waited may be gone, and Python would complain of an exception that nobody read."""
+    if not task.cancelled():
+        task.exception()

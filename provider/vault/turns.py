@@ -70,7 +70,7 @@ class Turns:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._leave(owner, turn)
-            else:
+            elif turn.exception() is None:
                 self.give(owner)  # it was let in, and cancelled before it could go
             raise
 
