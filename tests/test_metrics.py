@@ -22,6 +22,7 @@ from provider.errors import (
     ProviderError,
     VaultUnavailable,
 )
+from provider.sessions.registry import EMPTY_SESSION_SECONDS
 from provider.settings import TlsSettings
 from provider.spc.model import Login, VaultServer
 from provider.telemetry import metrics
@@ -281,22 +282,18 @@ async def test_state_is_that_of_the_scrape() -> None:
     assert scrape.labels("vault_csi_build_info")[0]["version"] == __version__
 
 
-def _view(*leases: LeaseView, mounted_ago: float = 60.0) -> SessionView:
-    return SessionView(WHO, "accessor", 3600.0, token_renewed=True, mounted_ago=mounted_ago, leases=leases)
+def _view(*leases: LeaseView, idle: bool = False) -> SessionView:
+    return SessionView(WHO, "accessor", 3600.0, token_renewed=True, mounted_ago=60.0, leases=leases, idle=idle)
 
 
 async def test_leases_of_pods_that_are_likely_gone_do_not_alarm() -> None:
-    """Where nobody finds gone pods, the lease of one that is mounted no more ends as it should; else it is told."""
+    """The lease of a session that is left to end ends as it should; another's is told."""
     told = Told()
-    told.views = [_view(LeaseView("p", Kind.LEASED, "l", 10.0, renewed=False), mounted_ago=1000.0)]
     told.clock.time += LATE
-    # No re-mount was ever seen: rotation may be off, and then this is the one sign of a credential that ends.
+    lease = LeaseView("p", Kind.LEASED, "l", 10.0, renewed=False)
+    told.views = [_view(lease)]
     assert await told.over() == 10
-    told.tell(mounted({"a": "1"}, name="other"), mounted({"a": "1"}, name="other"))
-    assert await told.over() == math.inf
-    told.tell(Swept("", 0), Swept("", 0))
-    assert await told.over() == 10
-    told.tell(Swept("denied", 0))
+    told.views = [_view(lease, idle=True)]
     assert await told.over() == math.inf
 
 
@@ -349,7 +346,7 @@ async def test_lease_of_a_pod_that_may_be_gone_does_not_alarm() -> None:
 async def test_new_daemon_waits_for_the_first_mounts() -> None:
     """A daemon that has taken over the sessions of another alarms for no lease before its pods can have come again."""
     told = Told()
-    told.views = [_view(LeaseView("p", Kind.LEASED, "l", 50.0, renewed=False), mounted_ago=math.inf)]
+    told.views = [_view(LeaseView("p", Kind.LEASED, "l", 50.0, renewed=False))]
     assert await told.over() == math.inf
     told.clock.time += LATE
     assert await told.over() == 50
@@ -563,7 +560,7 @@ def test_page_of_metrics_names_the_limits() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     for limit in (MAX_PATHS, MAX_SERIES, MAX_FAILING, metrics.MAX_ADDRESSES):
         assert f"**{limit}**" in page
-    times = (("seven", 7, 2 * UNSHOWN_SECONDS), ("ten", 10, FAILING_SECONDS), ("15", 15, metrics.IDLE_SECONDS))
+    times = (("seven", 7, 2 * UNSHOWN_SECONDS), ("ten", 10, FAILING_SECONDS), ("ten", 10, EMPTY_SESSION_SECONDS))
     for word, minutes, seconds in times:
         assert f"{word} minutes" in page
         assert seconds == 60 * minutes

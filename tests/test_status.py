@@ -60,7 +60,7 @@ class Hand:
 
 def session(name: str = "web-0", *leases: LeaseView, token_left: float = 3600.0, ago: float = 12.4) -> SessionView:
     who = Who(Pod("shop", name, f"uid-{name}", "web"), Login("kubernetes", "web-role", None), SERVER, "web-secrets")
-    return SessionView(who, "accessor-canary", token_left, True, ago, leases)
+    return SessionView(who, "accessor-canary", token_left, True, ago, leases, idle=False)
 
 
 def lease(left: float = 60.0, path: str = "database/creds/web") -> LeaseView:

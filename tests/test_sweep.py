@@ -272,6 +272,25 @@ def test_where_pods_cannot_be_listed(why: str, caplog: pytest.LogCaptureFixture)
 
 
 @simulated
+async def test_session_that_idles_out_is_told_so() -> None:
+    """Whoever looks sees that what is left to end is renewed no more, as long as it lives, and of which pod."""
+    async with Stage() as stage:
+        stage.cluster.failure = KubernetesDenied("listing pods is forbidden")
+        stage.vault.roles["app"] = Role(ttl=HOUR, max_ttl=24 * HOUR)
+        node, gone, alive = stage.node(), stage.pod("a"), stage.pod("b")
+        await node.mount(gone, *credential())
+        await node.remount(50 * 60, alive, *credential())
+
+        def told() -> dict[str, tuple[bool, bool, bool]]:
+            views = {view.who.pod.uid: view for view in node.sessions.views()}
+            return {uid: (view.idle, view.token_renewed, view.leases[0].renewed) for uid, view in views.items()}
+
+        assert told() == {gone.uid: (False, True, True), alive.uid: (False, True, True)}
+        await node.remount(20 * 60, alive, *credential())
+        assert told() == {gone.uid: (True, False, False), alive.uid: (False, True, True)}
+
+
+@simulated
 async def test_where_no_remounts_come_nothing_idles_out() -> None:
     """With rotation off no re-mount shows that a pod lives: where pods cannot be listed all are kept alive."""
     async with Stage() as stage:

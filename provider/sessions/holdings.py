@@ -274,8 +274,8 @@ class Holdings:
         """Take over what a file holds."""
         self.tokens, self.kept = merge(self.tokens, self.kept, snapshot)
 
-    def leases(self) -> tuple[LeaseView, ...]:
-        """Each credential that is kept and lives, for people and for metrics."""
+    def leases(self, *, idle: bool) -> tuple[LeaseView, ...]:
+        """Each credential that is kept and lives, for people and for metrics; ``idle``, none is renewed."""
         now = self._clock.now()
         _, renewable = self.renewable()
         return tuple(
@@ -284,7 +284,7 @@ class Holdings:
                 Kind.LEASED if kept.secret.leased else Kind.ISSUED,
                 kept.secret.lease_id,
                 kept.life.expires_at - now,
-                kept in renewable and math.isfinite(kept.life.renew_at),
+                not idle and kept in renewable and math.isfinite(kept.life.renew_at),
             )
             for kept in self.kept.values()
             if kept.lives(now)

@@ -198,7 +198,8 @@ class Sessions:
 
     def views(self) -> list[SessionView]:
         """All sessions as they are now."""
-        return [session.view() for session in self._sessions.values()]
+        now = self._clock.now()
+        return [session.view(idle=self._idles_out(session, now - session.mounted_at)) for session in self.all()]
 
     def end(self, uid: str) -> None:
         """The pod is gone: drop its sessions, and revoke what they held, in the background."""

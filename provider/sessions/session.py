@@ -709,8 +709,8 @@ class Session:
         """Take over what a file holds."""
         self._has.adopt(snapshot)
 
-    def view(self) -> SessionView:
-        """The session as it is now, for people and for metrics."""
+    def view(self, *, idle: bool) -> SessionView:
+        """The session as it is now, for people and for metrics. What is ``idle`` is not renewed any more."""
         now = self._clock.now()
         tokens, _ = self._has.renewable()
         token = self._has.newest if self._has.newest and self._has.newest.usable(now) else None
@@ -718,9 +718,10 @@ class Session:
             self._who(),
             token.auth.accessor if token else "",
             token.life.expires_at - now if token else 0.0,
-            token is not None and token in tokens and math.isfinite(token.life.renew_at),
+            token is not None and not idle and token in tokens and math.isfinite(token.life.renew_at),
             now - self.mounted_at,
-            self._has.leases(),
+            self._has.leases(idle=idle),
+            idle,
         )
 
     def _soon(self) -> float:

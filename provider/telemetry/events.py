@@ -263,6 +263,7 @@ class SessionView:
     """A session as it is now. ``token_left`` is in seconds, 0 without a token, infinite for one without end.
 
     ``mounted_ago`` is in seconds too, infinite where it was taken up from another process and not mounted since.
+    ``idle`` says that its pod is likely gone, and nobody can say so: what it was given is left to end.
     """
 
     who: Who
@@ -271,6 +272,7 @@ class SessionView:
     token_renewed: bool
     mounted_ago: float
     leases: tuple[LeaseView, ...]
+    idle: bool
 
 
 Event: TypeAlias = (

@@ -70,8 +70,6 @@ MAX_ADDRESSES: Final = 20
 MAX_LABEL: Final = 300
 # How old an answer may be: who asks in a loop gets one scrape's work done a second.
 FRESH_SECONDS: Final = 1.0
-# A pod that was not mounted for this long, where others are, is gone: its leases end as they should.
-IDLE_SECONDS: Final = 900.0
 
 METHODS: Final = frozenset({"GET", "LIST", "POST", "PUT", "PATCH", "DELETE", "HEAD", "SCAN"})
 # Those that docs/contract.md section 3 speaks of, and what else proxies answer; "none" is no answer at all.
@@ -368,7 +366,6 @@ class Metrics:
         self._sweeping = False
         # When pods that are gone were last looked for; after two such looks a session that is left is a living pod's.
         self._swept_at: deque[float] = deque(maxlen=2)
-        self._remounts = False
         self._takers: Mapping[type[Event], Callable[[Any], None]] = {
             VaultRequest: self._requested,
             Mounted: self._mounted,
@@ -422,7 +419,6 @@ class Metrics:
             self.answers.add(supply.value, by=count)
         self.answers.add(Supply.REMEMBERED.value, by=event.remembered)
         change = self._volumes.change(event)
-        self._remounts |= change.remount
         if change.changed:
             for made in event.objects():
                 if made.name in change.changed:
@@ -502,20 +498,15 @@ class Metrics:
         ends: dict[Labels, float] = {(renewal,): math.inf for renewal in ("due", "remount", "over")}
         remounts = self._volumes.remounts()
         for view in views:
-            gone = self._idle(view)
             remount = remounts[view.who.pod.uid]
             for lease in view.leases:
                 leases[(lease.kind.value,)] += 1
-                if not gone:
+                if not view.idle:
                     renewal = "due" if lease.renewed else "remount" if self._replaced(lease.left, remount) else "over"
                     ends[(renewal,)] = min(ends[(renewal,)], lease.left)
         yield _one(SESSIONS, len(views))
         yield LEASES, leases
         yield EARLIEST_END, ends
-
-    def _idle(self, view: SessionView) -> bool:
-        """Whether its pod is likely gone, where nobody says so: what was given to it is left to end."""
-        return not self._sweeping and self._remounts and view.mounted_ago > IDLE_SECONDS
 
     def _replaced(self, left: float, remount: Remount) -> bool:
         """Whether what has ``left`` seconds is replaced by the pod's next mount, or its pod may be gone by now."""
