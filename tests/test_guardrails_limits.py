@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from provider.cli import guardrails
+from provider.cli import flags, guardrails
 from provider.render import RenderedFile
 from provider.server import Server
 from provider.server.limits import AT_ONCE, MAX_PARSING_SECONDS, MAX_PODS, PERIOD, PodFloods, PodLimits, Spending
@@ -102,6 +102,17 @@ def test_a_pod_that_spent_its_share_is_told_which(
     spend(limits, spending, *amounts)
     assert re.search(told, floods(limits))
     limits.begin("b")
+
+
+def test_a_large_share_is_told_as_the_flag_takes_it(clock: HandClock) -> None:
+    """A refusal's advice can be followed as it stands, however large the number."""
+    limits = PodLimits(replace(SMALL, max_pod_objects=2_000_000), clock)
+    spend(limits, Spending.OBJECTS, 200_000)
+    advised = re.search(r"is 2000000 objects in a minute: .* (--max-pod-objects=\S+) would", floods(limits))
+    assert advised is not None
+    settings = flags.parse([advised[1]], {}, str).settings
+    assert settings is not None
+    assert settings.max_pod_objects == 4_000_000
 
 
 def test_what_was_spent_comes_back_evenly(limits: PodLimits, clock: HandClock) -> None:

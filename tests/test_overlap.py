@@ -85,6 +85,7 @@ async def test_what_another_daemon_issued_since_wins_over_memory() -> None:
         newer = await first.mount(pod, *credential())
         assert await second.mount(pod, *credential()) == newer
         assert stage.vault.issued == 2
+        assert [(told.read, told.kept) for told in second.told] == [(0, 1), (0, 1)]
 
 
 @simulated

@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -740,8 +741,12 @@ async def test_ready_is_false_when_the_socket_is_ours_and_dead(path: Path, monke
     await server.stop()
 
 
-async def test_stop_waits_for_mounts_and_answers_what_arrives(path: Path) -> None:
-    """While it stops, a server answers calls that arrive over its connections, and ends after the last mount."""
+@pytest.mark.parametrize("gone", ["socket", "directory"])
+async def test_stop_waits_for_mounts_and_answers_what_arrives(path: Path, gone: str) -> None:
+    """While it stops, a server answers calls that arrive over its connections, and ends after the last mount.
+
+    Also where the directory that it is to leave is there no more.
+    """
     release = asyncio.Event()
     started = asyncio.Event()
 
@@ -756,6 +761,8 @@ async def test_stop_waits_for_mounts_and_answers_what_arrives(path: Path) -> Non
         stub = service_pb2_grpc.CSIDriverProviderStub(channel)
         first = asyncio.ensure_future(stub.Mount(REQUEST))
         await started.wait()
+        if gone == "directory":
+            shutil.rmtree(path.parent)
         stopping = asyncio.ensure_future(server.stop())
         await asyncio.sleep(0)
         assert not path.exists()

@@ -702,6 +702,7 @@ async def test_vault_away_when_a_credential_is_due() -> None:
         await asyncio.sleep(45 * MINUTE)
         await stage.vault.stop()
         assert await node.mount(pod, *credential()) == first
+        assert [(told.read, told.kept) for told in node.told] == [(1, 0), (0, 1)]
         await stage.vault.start()
         assert await node.mount(pod, *credential()) != first
 

@@ -114,11 +114,13 @@ class Endpoint:
         return (found.st_dev, found.st_ino) == self._ours
 
     def withdraw(self) -> bool:
-        """Remove the socket if it is still this process's; whether it was."""
-        with self._locked():
-            ours = self.is_ours()
-            if ours:
+        """Remove the socket if it is still this process's; whether it was, and could be removed."""
+        ours = False
+        # Where the directory is gone, or cannot be written to, calls under way are waited for all the same.
+        with contextlib.suppress(OSError), self._locked():
+            if self.is_ours():
                 os.unlink(self.path)
+                ours = True
         self._ours = None
         return ours
 

@@ -117,10 +117,10 @@ class PodLimits:
 
 
 def _refusal(spending: Spending, limit: float) -> PodFloods:
-    shown = limit / MIB if spending is Spending.BYTES else limit
+    shown = round(limit / MIB if spending is Spending.BYTES else limit)
     flag = {Spending.MOUNTS: "mounts", Spending.OBJECTS: "objects", Spending.BYTES: "mib"}.get(spending)
     return PodFloods(
-        f"this pod has asked for more than its share, which is {shown:g} {_WORDS[spending]} in a minute",
+        f"this pod has asked for more than its share, which is {shown} {_WORDS[spending]} in a minute",
         "mount less, or look why its volumes are mounted again and again"
-        + (f"; the daemon's --max-pod-{flag}={2 * shown:g} would allow twice as much" if flag else ""),
+        + (f"; the daemon's --max-pod-{flag}={2 * shown} would allow twice as much" if flag else ""),
     )

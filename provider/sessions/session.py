@@ -190,7 +190,7 @@ class Session:
         for read in reads:
             if read not in found:
                 at_hand.pop(read, None)
-                task = self._ask(read, mount)
+                task = self._ask(read, mount, at_hand)
                 asked[read] = self._joined(task, mount) if task in others else task
         if self._token_at_hand(mount) is None:
             self._vault.expect(len(asked))
@@ -230,13 +230,13 @@ class Session:
             answers |= await self._all(reads[first : first + LARGE_AT_ONCE], mount, at_hand)
         return answers
 
-    def _ask(self, read: Read, mount: _Mount) -> asyncio.Task[VaultSecret]:
+    def _ask(self, read: Read, mount: _Mount, at_hand: dict[Read, Supply]) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
             return self._task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
         newest = self._has.newest
         known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
-        return self._task(read.request, lambda: self._obtain(read, mount), issues=not known)
+        return self._task(read.request, lambda: self._obtain(read, mount, at_hand), issues=not known)
 
     def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> asyncio.Task[VaultSecret]:
         """What another mount's task brings; it is kept here too."""
@@ -250,11 +250,12 @@ class Session:
         joined.add_done_callback(_seen)
         return joined
 
-    async def _obtain(self, read: Read, mount: _Mount) -> VaultSecret:
-        """Read from Vault, and keep what is leased or issued."""
+    async def _obtain(self, read: Read, mount: _Mount, at_hand: dict[Read, Supply]) -> VaultSecret:
+        """Read from Vault, and keep what is leased or issued; or the one that is kept, which ``at_hand`` is told."""
         request = read.request
         old = self._has.kept.get(request)
         if old is not None and self._has.may_keep(old, read, mount.volume, mount.interval, mount.began):
+            at_hand[read] = Supply.KEPT
             return old.secret  # another daemon has left it in the state directory
         try:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
@@ -266,6 +267,7 @@ class Session:
             if old is None or not old.lives(self._clock.now()):
                 raise
             _log.warning("kept the old credential of %s: %s", request.path, error, extra=self._about())
+            at_hand[read] = Supply.KEPT
             return old.secret
         if secret.leased or secret.certificate_end is not None:
             await self._keep(read, secret, token, mount, began)

@@ -18,7 +18,7 @@ from provider.render import Renderer
 from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings, TlsSettings
 from provider.spc import Login, MountSpec, ObjectSpec, Pod, SecretRequest, VaultServer
-from provider.telemetry.events import Telemetry
+from provider.telemetry.events import Mounted, Telemetry
 from provider.vault import VaultServers
 from tests.spc_classes import plain
 from tests.stand.simtime import SimClock, World
@@ -123,6 +123,8 @@ class Node:
         self.files: dict[tuple[str, str], Files] = {}
         self.written: dict[tuple[str, str], list[tuple[float, Files]]] = {}
         self.versions: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+        self.told: list[Mounted] = []
+        """What is told of each mount that succeeded."""
         self._stage = stage
         self._servers = VaultServers(clock=clock)
         self.sessions = Sessions(self._servers, settings, clock=clock, key=key.get, telemetry=Telemetry())
@@ -155,6 +157,8 @@ class Node:
         files = {file.path: file.contents.decode() for file in result.files}
         self.files[pod.uid, volume] = files
         self.versions[pod.uid, volume] = result.versions
+        assert result.event is not None
+        self.told.append(result.event)
         self.written.setdefault((pod.uid, volume), []).append((self._stage.world.now(), files))
         return files
 
