@@ -69,6 +69,7 @@ class Settings:
     metrics_addr: str = ""
     # "off", "stderr", or a file's path.
     audit_log: str = "off"
+    # Both as ``spc`` reads a class's own.
     vault_addr: str = "https://127.0.0.1:8200"
     vault_mount: str = "kubernetes"
     vault_namespace: str = ""

@@ -400,16 +400,28 @@ def test_any_arguments_are_taken_or_a_told_fault(arguments: list[str]) -> None:
         (["--vault-addr=https://"], "a URL like"),
         (["--vault-addr=https://vault:99999"], "a URL like"),
         (["--vault-addr=https://[::1"], "a URL like"),
-        (["--vault-addr=https://user:secret@vault"], "without user, password"),
-        (["--vault-addr=https://vault?x=1"], "without user, password, query"),
+        (["--vault-addr=https://user:secret@vault"], "vault.sock; this holds a user or a password"),
+        (["--vault-addr=https://vault?x=1"], "vault.sock; this has a query or a fragment"),
+        (["--vault-addr=https://vault:0"], "vault.sock; this has the port 0"),
+        (["--vault-addr= https://vault"], "vault.sock; this holds white space or a control character"),
+        (["--vault-addr=https://vault/../x"], "vault.sock; this has an element . or .."),
         (["--vault-addr=unix://run/vault.sock"], "a URL like"),
         (["--vault-addr=unix://"], "a URL like"),
-        (["--vault-mount=a\nb"], '--vault-mount cannot be "a\\u000ab": allowed: text without control characters'),
+        (["--vault-mount=a\nb"], '--vault-mount cannot be "a\\u000ab": allowed: the path of an auth mount'),
+        (["--vault-mount=a/../b"], "like kubernetes; this has an element . or .."),
+        (["--vault-mount=/"], "like kubernetes; this is empty"),
+        (["--vault-namespace=a\nb"], 'cannot be "a\\u000ab": allowed: text without control characters'),
     ],
 )  # fmt: skip
 def test_wrong_flag_says_what_is_wrong_and_what_is_allowed(arguments: list[str], told: str) -> None:
     """A wrong flag is named, with its value and what is allowed, and the nearest flag where there is one."""
     assert told in fault(*arguments)
+
+
+@pytest.mark.parametrize("text", ["jwt", "/auth/jwt/", "auth//jwt"])
+def test_the_auth_mount_is_read_as_in_a_class(text: str) -> None:
+    """Slashes around it and a leading auth/ do not belong to its name, in metrics neither."""
+    assert parsed(f"--vault-mount={text}").vault_mount == "jwt"
 
 
 def test_wrong_variable_is_told_by_its_name() -> None:

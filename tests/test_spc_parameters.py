@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
 
-from provider.errors import Code, InvalidClass
+from provider.cli import flags
+from provider.errors import Code, InvalidClass, InvalidSetting
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import Login, Parser, Pod, VaultServer, mounting_class, mounting_pod
 from tests.spc_classes import GIVEN, OBJECT, TOKENS, attributes, fault, faults, parse, parse_class
@@ -262,14 +264,8 @@ def test_an_auth_mount_is_named_in_several_ways(spelling: str, text: str) -> Non
 
 
 def test_the_default_mount_is_the_daemons() -> None:
-    """Without a parameter the operator's mount is used, read by the same rules."""
-    assert parse(attributes(), settings=Settings(vault_mount="/auth/jwt/")).login.mount == "jwt"
-
-
-def test_a_wrong_default_mount_is_the_daemons_fault() -> None:
-    """The fault names the flag, since the class has no part in it."""
-    with pytest.raises(InvalidClass, match="the daemon's vault-mount: is empty"):
-        parse(attributes(), settings=Settings(vault_mount="/"))
+    """Without a parameter the operator's mount is used."""
+    assert parse(attributes(), settings=Settings(vault_mount="jwt")).login.mount == "jwt"
 
 
 @pytest.mark.parametrize(
@@ -305,9 +301,11 @@ def test_both_names_of_the_auth_mount_are_an_error(a: str, b: str) -> None:
     ],
 )
 def test_an_address_is_normalised(text: str, address: str) -> None:
-    """Spellings of one server are one address; a base path stays."""
+    """Spellings of one server are one address; a base path stays. The daemon's own flag is read alike."""
     assert parse_class(vaultAddress=text).server.address == address
-    assert parse(attributes(), settings=Settings(vault_addr=text)).server.address == address
+    settings = flags.parse([f"--vault-addr={text}"], {}, str).settings
+    assert settings is not None
+    assert parse(attributes(), settings=settings).server.address == address
 
 
 @pytest.mark.parametrize(
@@ -331,15 +329,16 @@ def test_an_address_is_normalised(text: str, address: str) -> None:
         ("unix://run/vault.sock", "names no socket"),
         ("unix://", "names no socket"),
         ("unix:///", "names no socket"),
+        ("https://vault.shop:0", "has the port 0"),
     ],
 )
 def test_a_wrong_address_is_refused(text: str, problem: str) -> None:
-    """The fault names the parameter, the value and what is wrong with it."""
+    """The fault names the parameter, the value and what is wrong with it. The daemon does not start with such a one."""
     found = fault(baoAddress=text)
     assert found.startswith("baoAddress ")
     assert problem in found
-    with pytest.raises(InvalidClass, match=r"the daemon's vault-addr: "):
-        parse(attributes(), settings=Settings(vault_addr=text))
+    with pytest.raises(InvalidSetting, match="this " + re.escape(problem)):
+        flags.parse([f"--vault-addr={text}"], {}, str)
 
 
 @pytest.mark.parametrize("text", ["https://user:hunter2@vault.shop", "https://user:hunter2@vault.shop:x", "a@hunter2"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,7 +17,9 @@ from provider.durations import read_duration
 from provider.errors import InvalidSetting
 from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_POD_MIB, MAX_POD_MOUNTS, MAX_POD_OBJECTS, Settings, TlsSettings
+from provider.spc import parameters, paths
 from provider.spc.addresses import AddressPattern
+from provider.spc.findings import Refused
 from provider.telemetry import LEVELS
 
 PROGRAM: Final = "vault-csi-provider"
@@ -115,19 +116,20 @@ def read_bool(text: str) -> bool:
 
 
 def read_address(text: str) -> str:
-    """A URL of Vault without a trailing slash: http, https or unix."""
+    """A Vault's address, as a class may name it."""
     allowed = "a URL like https://vault.example:8200, http://127.0.0.1:8200 or unix:///run/vault.sock"
+    return _as_in_a_class(parameters.address, text, allowed)
+
+
+def _read_auth_mount(text: str) -> str:
+    return _as_in_a_class(paths.auth_mount, text, "the path of an auth mount, like kubernetes")
+
+
+def _as_in_a_class(read: Callable[[str], str], text: str, allowed: str) -> str:
     try:
-        url = urllib.parse.urlsplit(read_text(text))
-        port = url.port  # its property is what checks the number
-    except ValueError:
-        raise ValueError(allowed) from None
-    if url.username is not None or url.query or url.fragment or port == 0:
-        raise ValueError(f"{allowed}, without user, password, query or fragment")
-    there = url.path.startswith("/") and not url.netloc if url.scheme == "unix" else url.hostname
-    if url.scheme not in ("http", "https", "unix") or not there:
-        raise ValueError(allowed)
-    return text.rstrip("/")
+        return read(text)
+    except Refused as refused:
+        raise ValueError(f"{allowed}; this {refused.problem}") from None
 
 
 def read_listen_address(text: str) -> str:
@@ -299,7 +301,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _VAULT, "vault-mount", "PATH", "kubernetes",
-        "Auth mount for classes that name none.", read_text,
+        "Auth mount for classes that name none.", _read_auth_mount,
     ),
     Flag(
         _VAULT, "vault-namespace", "NAME", "",

@@ -19,8 +19,6 @@ from provider.sessions import Sessions, Sweeper
 from provider.settings import Settings
 from provider.spc import Parser, VaultServer
 from provider.spc.addresses import AllowedAddresses
-from provider.spc.findings import Refused
-from provider.spc.parameters import address
 from provider.telemetry.events import Event, Telemetry
 from provider.telemetry.http import Page
 from provider.telemetry.lines import LineWriter
@@ -66,7 +64,7 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
             max_connections=settings.max_connections,
             telemetry=telemetry,
             allowed=AllowedAddresses(settings),
-            own=_own(settings),
+            own=VaultServer(settings.vault_addr, "", settings.tls),
             descriptors=process.descriptors(),
         )
         stack.push_async_callback(servers.close)
@@ -106,14 +104,6 @@ async def build(settings: Settings, *, stderr: LineWriter) -> AsyncIterator[Part
             metrics.page if metrics is not None else None,
             preload=import_calls,
         )
-
-
-def _own(settings: Settings) -> VaultServer:
-    """The daemon's own Vault, by its flags. An address that is none is told to whoever mounts without another."""
-    own = ""
-    with contextlib.suppress(Refused):
-        own = address(settings.vault_addr)
-    return VaultServer(own, "", settings.tls)
 
 
 def _audit(

@@ -191,9 +191,11 @@ def address(text: str) -> str:
         raise Refused("holds white space or a control character", _SCHEMES)
     try:
         url = urlsplit(text)
-        _ = url.port  # parsed when asked for
+        port = url.port  # parsed when asked for
     except ValueError:
         raise Refused("is not a URL", _SCHEMES) from None
+    if port == 0:
+        raise Refused("has the port 0", _SCHEMES)
     if "@" in url.netloc:
         raise Refused("holds a user or a password", "write the address without them; roleName is how to log in")
     if url.scheme not in ("http", "https", "unix"):
@@ -270,7 +272,7 @@ class Parameters:
             if there and not allowed.allows(there):
                 self._findings.fault(where, "is not an address that the daemon's operator allows", remedy(there))
         else:
-            there = self._findings.attempt("the daemon's vault-addr", address, settings.vault_addr, "")
+            there = settings.vault_addr
         return VaultServer(
             address=there,
             namespace=self._or("Namespace", settings.vault_namespace).strip("/"),
@@ -292,9 +294,9 @@ class Parameters:
                 "remove one",
             )
         given = mount or older
-        where = f"{mount_spelling if mount else older_spelling} {show(given)}" if given else "the daemon's vault-mount"
+        where = f"{mount_spelling if mount else older_spelling} {show(given)}"
         return Login(
-            mount=self._findings.attempt(where, paths.auth_mount, given or settings.vault_mount, ""),
+            mount=self._findings.attempt(where, paths.auth_mount, given, "") if given else settings.vault_mount,
             role=role,
             audience=self.text("audience") or None,
         )
