@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from provider import __version__
 from provider.cli import flags, main
-from provider.durations import read_duration
 from provider.errors import InvalidSetting
+from provider.notation import read_duration
 from provider.settings import Settings, TlsSettings
 from provider.spc.parameters import TOKENS
 from provider.v1alpha1 import service_pb2, service_pb2_grpc

@@ -27,9 +27,9 @@ from provider.settings import MIB, Settings, TlsSettings
 from provider.spc import Parser, mounting_pod
 from provider.spc.parameters import TOKENS
 from provider.telemetry.events import Telemetry
+from provider.turns import BULK, BULK_PLACES, Turns
 from provider.v1alpha1 import service_pb2 as pb
 from provider.v1alpha1 import service_pb2_grpc
-from provider.vault.turns import BULK, BULK_PLACES, Turns
 from tests.flooder import KINDS
 from tests.live import AUDIENCE, Cluster, Daemon, class_of
 from tests.spc_classes import GIVEN, attributes

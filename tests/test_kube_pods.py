@@ -103,7 +103,7 @@ async def test_whether_a_pod_lives_is_not_read_from_a_cache(pods: PodSource, api
 async def test_a_node_may_be_empty(pods: PodSource) -> None:
     """No pods is an answer."""
     found = await pods.list_pods("node-1")
-    assert (found.uids, found.names, found.complete) == (set(), set(), True)
+    assert (found.uids, found.names, found.complete) == (frozenset(), frozenset(), True)
 
 
 async def from_server(tmp_path: Path, answer: bytes, *, seen: list[None] | None = None) -> tuple[Any, bool]:
@@ -277,7 +277,7 @@ async def test_a_full_node_fits(pods: PodSource, api: KubeApi) -> None:
     """A node of 500 pods, the most that distributions configure, is one listing of one request."""
     expected = {api.add_pod("shop", f"web-{number}").uid for number in range(500)}
     found = await pods.list_pods("node-1")
-    assert (found.uids, found.complete) == (expected, True)
+    assert (found.uids, found.complete) == (frozenset(expected), True)
     assert len(api.requests) == 1
 
 

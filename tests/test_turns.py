@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from provider.vault.turns import Dismissed, Turns
+from provider.turns import Dismissed, Turns
 
 
 class Stage:

@@ -33,6 +33,7 @@ from provider.redact import Sensitive
 from provider.settings import MAX_CONNECTIONS, MAX_POOLS, MIB, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.telemetry.events import Event, Telemetry, VaultRequest
+from provider.turns import Turns
 from provider.vault import (
     EngineMount,
     LeaseGone,
@@ -44,7 +45,6 @@ from provider.vault import (
     transport,
 )
 from provider.vault.failures import NotSent
-from provider.vault.turns import Turns
 from provider.vault.watch import Asker
 from tests.stand.ecommerce import EcommerceStand
 from tests.stand.faulty import Answer, Cut, Faulty, refusal, secret, token

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from provider.durations import read_duration
 from provider.errors import InvalidSetting
+from provider.notation import BOOLEANS, read_duration
 from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_POD_MIB, MAX_POD_MOUNTS, MAX_POD_OBJECTS, Settings, TlsSettings
 from provider.spc import parameters, paths
@@ -36,10 +36,6 @@ MOST_CONNECTIONS: Final = 1024
 MOST_POD_SHARE: Final = 10_000_000
 # More often, the API server would be asked for the pods of a node by each of them all the time.
 MIN_SWEEP_SECONDS: Final = 1.0
-
-# The booleans that Go's strconv.ParseBool reads (docs/contract.md section 2).
-_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
-_FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 
 # A Secret's name, as the Kubernetes API checks it.
 _SECRET_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
@@ -110,9 +106,9 @@ def read_text(text: str) -> str:
 
 def read_bool(text: str) -> bool:
     """A boolean as Go's strconv.ParseBool reads it."""
-    if text not in _TRUE | _FALSE:
-        raise ValueError("1, t, T, true, TRUE, True, 0, f, F, false, FALSE, False")
-    return text in _TRUE
+    if text not in BOOLEANS:
+        raise ValueError(", ".join(BOOLEANS))
+    return BOOLEANS[text]
 
 
 def read_address(text: str) -> str:
@@ -557,7 +553,7 @@ def _split(arguments: Sequence[str]) -> dict[str, str] | None:
 
 def _stray(argument: str) -> InvalidSetting:
     told = one_line(argument, 80)
-    if argument in _TRUE | _FALSE:
+    if argument in BOOLEANS:
         return InvalidSetting(f'"{told}" is no flag', f"a boolean's value follows an equals sign: --debug={told}")
     return InvalidSetting(f'"{told}" is no flag', f"allowed are flags alone; see {PROGRAM} --help")
 

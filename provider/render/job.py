@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from provider.errors import BadSecret, ProviderError
 from provider.redact import one_line
-from provider.render.contents import Files, RenderedFile
+from provider.render.contents import MAX_FILES, Files, RenderedFile
 from provider.render.values import data_of, formatted, missing, object_name, value_of, written
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 # Keys that one error names.
 _MAX_NAMED: Final = 3
-# Keys of a secret whose keys are files; a directory of more is of no use to anybody.
-MAX_KEYS: Final = 10_000
 # Characters of a keystore's password; no reader asks for more, and it is hashed again and again.
 MAX_PASSWORD: Final = 1024
 
@@ -161,9 +159,9 @@ def _outcome(spec: ObjectSpec, result: Result) -> bytes:
 
 def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]) -> Files:
     prefix = "" if spec.name == "." else f"{spec.name}/"
-    if len(data) > MAX_KEYS:
+    if len(data) > MAX_FILES:
         raise BadSecret(
-            f"{object_name(spec)}: {spec.request} has more than {MAX_KEYS} keys, too many for files",
+            f"{object_name(spec)}: {spec.request} has more than {MAX_FILES} keys, too many for files",
             "name the keys that are needed by secretKey, or split the secret",
         )
     files, wrong, size = [], [], 0

@@ -27,8 +27,8 @@ from provider.server.limits import REFUSAL_SECONDS, PodFloods, PodLimits, Spendi
 from provider.settings import MAX_MOUNT_BYTES
 from provider.spc import FaultyClass, MountSpec, ObjectSpec, Parser, Pod, mounting_class, mounting_pod
 from provider.telemetry.events import MountRefused, Telemetry
+from provider.turns import Turns
 from provider.v1alpha1 import service_pb2 as pb
-from provider.vault.turns import Turns
 
 PROTOCOL_VERSION: Final = "v1alpha1"
 RUNTIME_NAME: Final = "vault-csi-provider"

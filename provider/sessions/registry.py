@@ -20,8 +20,8 @@ from provider.settings import Settings
 from provider.spc import MountSpec
 from provider.state import StateDir, StateUnusable
 from provider.telemetry.events import SessionView, Telemetry
+from provider.turns import Turns
 from provider.vault import EngineMount, Memory, Room, VaultSecret, VaultServers
-from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 

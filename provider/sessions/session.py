@@ -40,8 +40,8 @@ from provider.telemetry.events import (
     Telemetry,
     Who,
 )
+from provider.turns import Turns
 from provider.vault import EngineMount, LeaseGone, Loans, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
-from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -8,35 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Set
 from typing import Protocol
 
 from provider.clock import Clock
 from provider.errors import KubernetesDenied, KubernetesUnavailable
+from provider.kube import NodePods
 from provider.sessions.registry import Sessions
 from provider.settings import Settings
 from provider.telemetry.events import Swept, Telemetry
 
 _log = logging.getLogger(__name__)
-
-
-class NodePods(Protocol):
-    """What a listing of a node's pods says; finished pods are left out."""
-
-    @property
-    def uids(self) -> Set[str]:
-        """UIDs of the pods."""
-        ...
-
-    @property
-    def names(self) -> Set[tuple[str, str]]:
-        """The pods as (namespace, name)."""
-        ...
-
-    @property
-    def complete(self) -> bool:
-        """Whether the listing was not cut short."""
-        ...
 
 
 class PodSource(Protocol):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
+from provider.notation import BOOLEANS
 from provider.redact import Sensitive, one_line
 from provider.spc import paths, yaml_text
 from provider.spc.findings import Findings, Refused, show
@@ -17,9 +18,6 @@ _T = TypeVar("_T")
 
 # A proxy on the way takes CONNECT and TRACE for itself, and a browser asks OPTIONS: none of them means a secret.
 _NO_METHODS: Final = frozenset({"CONNECT", "TRACE", "OPTIONS"})
-# Go's strconv.ParseBool, as the parameters' booleans are read.
-_TRUE: Final = ("1", "t", "T", "TRUE", "true", "True")
-_FALSE: Final = ("0", "f", "F", "FALSE", "false", "False")
 
 
 class Entries:
@@ -142,6 +140,6 @@ def _method(text: str) -> str:
 
 
 def _boolean(text: str) -> bool:
-    if text not in _TRUE + _FALSE:
+    if text not in BOOLEANS:
         raise Refused("is not a boolean", "write true or false")
-    return text in _TRUE
+    return BOOLEANS[text]

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from typing import Final
 
-from provider.durations import read_duration
+from provider.notation import read_duration
 from provider.redact import one_line
 from provider.settings import MAX_OBJECTS
 from provider.spc import paths, yaml_text

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
+from provider.notation import BOOLEANS
 from provider.redact import Sensitive, one_line
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import paths
@@ -16,6 +17,7 @@ from provider.spc.addresses import AllowedAddresses, remedy
 from provider.spc.findings import Findings, Refused, show
 from provider.spc.model import Login, Pod, VaultServer
 from provider.spc.objects import duration
+from provider.spc.tables import PARAMETERS
 
 POD_NAME: Final = "csi.storage.k8s.io/pod.name"
 POD_NAMESPACE: Final = "csi.storage.k8s.io/pod.namespace"
@@ -28,23 +30,14 @@ _DRIVERS_OWN: Final = "csi.storage.k8s.io/"
 # The spellings of a prefix, the winner first (docs/contract.md section 2).
 _PREFIXES: Final = ("bao", "openbao", "vault")
 _PREFIXED: Final = (
-    "Address",
-    "Namespace",
-    "AuthMountPath",
-    "KubernetesMountPath",
-    "CACertPath",
-    "CADirectory",
-    "TLSServerName",
-    "TLSClientCertPath",
-    "TLSClientKeyPath",
-    "SkipTLSVerify",
+    *(field.name.removeprefix("vault") for field in PARAMETERS if field.name.startswith("vault")),
     "RoleName",
 )
 _SPELLINGS: Final = {
     name: (*(prefix + name for prefix in _PREFIXES), *(("roleName",) if name == "RoleName" else ()))
     for name in _PREFIXED
 }
-_NAMES: Final = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings}
+NAMES: Final = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings}
 _NOT_GIVEN: Final = {name: ("", f"vault{name}") for name in _PREFIXED}
 _FILES: Final = ("CACertPath", "CADirectory", "TLSClientCertPath", "TLSClientKeyPath")
 KNOWN: Final = (
@@ -69,9 +62,6 @@ _OF_POD: Final = re.compile(
 _OF_CLASS: Final = re.compile(rf'(?<!\\)"{CLASS_NAME}"\s*:\s*"([^"\\]{{1,253}})"')
 _SPACE: Final = (" ", "\t", "\r", "\n")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Go's strconv.ParseBool, which the Go providers read it with.
-_TRUE: Final = ("1", "t", "T", "TRUE", "true", "True")
-_FALSE: Final = ("0", "f", "F", "FALSE", "false", "False")
 # Of a host's name, and of what is between its dots.
 _MAX_NAME: Final = 253
 _MAX_LABEL: Final = 63
@@ -245,7 +235,7 @@ class Parameters:
         # Those that are given are looked for when they are asked for, and what a spelling wins over is told once.
         self._winners = dict(_NOT_GIVEN)
         for key in attributes:
-            self._winners.pop(_NAMES.get(key, ""), None)
+            self._winners.pop(NAMES.get(key, ""), None)
         authors = [key for key in attributes if key != CLASS_NAME and not key.startswith(_DRIVERS_OWN)]
         findings.unknown("parameters", "parameter", authors, KNOWN)
 
@@ -455,6 +445,6 @@ def _confined(settings: Settings) -> bool:
 
 
 def _boolean(text: str) -> bool:
-    if text not in _TRUE + _FALSE:
+    if text not in BOOLEANS:
         raise Refused("is not a boolean", 'write "true" or "false"')
-    return text in _TRUE
+    return BOOLEANS[text]

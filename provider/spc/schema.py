@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from provider.spc.parameters import KNOWN
+from provider.spc.parameters import KNOWN, NAMES
 from provider.spc.shapes import EVERY_KEY, NEVER_WITH, ONLY_WITH
 from provider.spc.tables import OBJECT_FIELDS, PARAMETERS, described, map_of
 
@@ -71,12 +71,8 @@ def parameters_schema() -> dict[str, Any]:
 
 def _usual(name: str) -> str:
     """The spelling that the table has for a parameter."""
-    for prefix in ("bao", "openbao", "vault"):
-        if name == f"{prefix}RoleName":
-            return "roleName"
-        if name.startswith(prefix):
-            return f"vault{name.removeprefix(prefix)}"
-    return name
+    own = NAMES.get(name)
+    return name if own is None else "roleName" if own == "RoleName" else f"vault{own}"
 
 
 SCHEMAS: Final = {"objects.schema.json": objects_schema, "parameters.schema.json": parameters_schema}

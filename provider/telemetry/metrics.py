@@ -232,36 +232,8 @@ FAILING_SECONDS: Final = Family(
 )
 BUILD: Final = Family("vault_csi_build", "info", ("version", "python"), "The daemon's version, and Python's.")
 
-FAMILIES: Final = (
-    REQUESTS,
-    REQUEST_SECONDS,
-    ROTATIONS,
-    MOUNTS,
-    MOUNT_SECONDS,
-    REMOUNT_FAILURES,
-    OBJECTS,
-    FILES,
-    BYTES,
-    ANSWERS,
-    SHARED,
-    LOGINS,
-    ISSUED,
-    RENEWALS,
-    REVOCATIONS,
-    SWEEPS,
-    GONE,
-    KILLS,
-    LOG_LOST,
-    AUDIT_LOST,
-    AUDIT_OUTAGE,
-    SESSIONS,
-    LEASES,
-    EARLIEST_END,
-    AWAY,
-    FAILING,
-    FAILING_SECONDS,
-    BUILD,
-)
+# All of the above, in their order.
+FAMILIES: Final = tuple(found for found in vars().values() if isinstance(found, Family))
 
 Labels: TypeAlias = tuple[str, ...]
 Values: TypeAlias = dict[Labels, float] | dict[Labels, tuple[float, ...]]

@@ -27,6 +27,7 @@ from provider.settings import MAX_CONNECTIONS, MAX_POOLS, Settings, TlsSettings
 from provider.spc import Login, SecretRequest, VaultServer
 from provider.spc.addresses import AllowedAddresses
 from provider.telemetry.events import Telemetry
+from provider.turns import Turns
 from provider.vault.adapter import Redirect, Refusal, VaultAdapter
 from provider.vault.connections import (
     DESCRIPTORS_OF_LOOK,
@@ -42,7 +43,6 @@ from provider.vault.looks import Looks
 from provider.vault.memory import Room
 from provider.vault.redirects import followed
 from provider.vault.transport import LARGE_BODIES, Transport
-from provider.vault.turns import Turns
 from provider.vault.watch import Watch
 
 # What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.

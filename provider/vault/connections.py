@@ -16,9 +16,9 @@ from provider.errors import VaultUnavailable
 from provider.http import Allowance, Lookups, Origin, Pool
 from provider.settings import TlsSettings
 from provider.spc import VaultServer
+from provider.turns import Turns
 from provider.vault.proxies import is_secure, proxy_from_environment, usable_proxy
 from provider.vault.tls import Fingerprint, fingerprint, make_context
-from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from provider.errors import BadSecret
 from provider.settings import MIB
-from provider.vault.turns import Turns
+from provider.turns import Turns
 
 # Each of these characters is at most one more object in memory, of about so many bytes.
 JSON_MARKS: Final = b",[{:"

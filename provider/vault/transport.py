@@ -25,11 +25,11 @@ from provider.http import (
 from provider.settings import MAX_RESPONSE_BYTES, MIB
 from provider.spc import VaultServer
 from provider.telemetry.events import Telemetry, VaultRequest
+from provider.turns import Dismissed, Turns
 from provider.vault.connections import Connections
 from provider.vault.failures import NotSent
 from provider.vault.memory import NoRoom, Room, count_marks, size_parsed
 from provider.vault.proxies import PROXY_ADVICE
-from provider.vault.turns import Dismissed, Turns
 from provider.vault.watch import Asker, Watch
 
 # How long a request may take before others get a place for it. Longer than any engine needs that is not hung itself.

@@ -13,10 +13,10 @@ from provider.clock import Clock
 from provider.errors import AnswerLost, VaultUnavailable
 from provider.spc import VaultServer
 from provider.telemetry.events import BreakerChanged, Telemetry
+from provider.turns import Turns
 from provider.vault.breaker import Breaker, State
 from provider.vault.failures import NotSent
 from provider.vault.looks import LookQueue, Looks
-from provider.vault.turns import Turns
 
 _log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import contextlib
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from provider.errors import KubernetesUnavailable
+from provider.kube import NodePods
 from provider.mount import Mounter
 from provider.redact import Sensitive
 from provider.render import Renderer
@@ -55,15 +55,6 @@ CERTIFICATE = wanted("certificate", "pki/issue/web", "certificate", method="POST
 PRIVATE_KEY = wanted("key", "pki/issue/web", "private_key", method="POST", body="{}")
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What the API server's cache says of a node's pods."""
-
-    uids: frozenset[str]
-    names: frozenset[tuple[str, str]]
-    complete: bool
-
-
 class Cluster:
     """The pods of the node as the API server knows them."""
 
@@ -77,13 +68,13 @@ class Cluster:
         self.confirmed: list[str] = []
         self.before_confirming: Callable[[], None] = lambda: None
 
-    async def list_pods(self, node_name: str) -> Listing:
+    async def list_pods(self, node_name: str) -> NodePods:
         self.listed += 1
         if self.failure is not None:
             raise self.failure
         cached = [pod for uid, pod in self.pods.items() if uid not in self.unseen and node_name == NODE_NAME]
         names = frozenset((pod.namespace, pod.name) for pod in cached)
-        return Listing(frozenset(pod.uid for pod in cached), names, self.complete)
+        return NodePods(frozenset(pod.uid for pod in cached), names, self.complete)
 
     async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
         self.confirmed.append(uid)

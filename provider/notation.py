@@ -1,4 +1,4 @@
-"""Durations as Go writes them, which is how flags and classes write them."""
+"""Durations and booleans as Go writes them, which is how flags and classes write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Final
 
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(ns|us|µs|μs|ms|s|m|h)")
+
+# Those that strconv.ParseBool reads (docs/contract.md section 2).
+BOOLEANS: Final = {
+    **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
+}
 
 
 def read_duration(text: str) -> float:
