@@ -8,10 +8,11 @@ argparse takes a boolean's value from the next argument or from nowhere, so it c
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from provider.errors import InvalidSetting
 from provider.notation import BOOLEANS, read_duration
@@ -23,6 +24,8 @@ from provider.spc.findings import Refused
 from provider.telemetry import LEVELS
 
 PROGRAM: Final = "vault-csi-provider"
+
+_T = TypeVar("_T")
 
 # docs/contract.md section 1: kubelet gives a mount 2 minutes, and a mount has to end well before.
 MAX_MOUNT_SECONDS: Final = 110.0
@@ -164,6 +167,47 @@ def _read_endpoint(text: str) -> str:
     return path
 
 
+def _word(meanings: Mapping[str, _T]) -> Callable[[str], _T]:
+    """Reads one of these words, as what it means."""
+
+    def read(text: str) -> _T:
+        if text not in meanings:
+            raise ValueError(", ".join(filter(None, meanings)))
+        return meanings[text]
+
+    return read
+
+
+def _number(least: int, most: int, of_least: str = "") -> Callable[[str], int]:
+    """Reads a whole number within these bounds; ``of_least`` says what the least stands for."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= most:
+            raise ValueError(f"a whole number from {least}{of_least} to {most}")
+        return int(text)
+
+    return read
+
+
+def _duration(least: float, most: float, allowed: str) -> Callable[[str], float]:
+    """Reads a duration within these bounds, in seconds."""
+
+    def read(text: str) -> float:
+        try:
+            seconds = read_duration(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not least <= seconds <= most:
+            raise ValueError(allowed)
+        return seconds
+
+    return read
+
+
+_format = _word({"json": "json", "text": "text"})
+_pod_share = _number(0, MOST_POD_SHARE, " (no limit)")
+
+
 def _read_level(text: str) -> str:
     level = text.strip().lower()
     if level not in LEVELS:
@@ -171,28 +215,10 @@ def _read_level(text: str) -> str:
     return level
 
 
-def _read_log_format(text: str) -> str:
-    if text not in ("json", "text"):
-        raise ValueError("json, text")
-    return text
-
-
 def _read_secret_name(text: str) -> str:
     if not _SECRET_NAME.fullmatch(text):
         raise ValueError("a Secret's name: lower-case letters, digits, - and .")
     return text
-
-
-def _read_cache_size(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) > MAX_CACHE_SIZE:
-        raise ValueError(f"a whole number from 0 (keep none) to {MAX_CACHE_SIZE}")
-    return int(text)
-
-
-def _read_max_connections(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_CONNECTIONS:
-        raise ValueError(f"a whole number from 1 to {MOST_CONNECTIONS}")
-    return int(text)
 
 
 def _read_switch(text: str) -> bool:
@@ -202,12 +228,6 @@ def _read_switch(text: str) -> bool:
         return read_bool(text)
     except ValueError:
         raise ValueError("on, off") from None
-
-
-def _read_revoke(text: str) -> bool:
-    if text not in ("pod-end", "never"):
-        raise ValueError("pod-end, never")
-    return text == "pod-end"
 
 
 def _read_vault_addresses(text: str) -> tuple[str, ...]:
@@ -224,45 +244,10 @@ def _read_root(text: str) -> str:
     return text
 
 
-def _read_unknown_fields(text: str) -> bool | None:
-    """Whether they fail a class; None where nothing is said."""
-    if text not in ("", "warn", "error"):
-        raise ValueError("warn, error")
-    return text == "error" if text else None
-
-
-def _read_pod_share(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,8}", text) or int(text) > MOST_POD_SHARE:
-        raise ValueError(f"a whole number from 0 (no limit) to {MOST_POD_SHARE}")
-    return int(text)
-
-
 def _read_percent(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 <= float(text) <= 99:
         raise ValueError("a number from 1 to 99")
     return float(text)
-
-
-def _read_sweep_interval(text: str) -> float:
-    allowed = "a duration of 1s or more"
-    try:
-        seconds = read_duration(text)
-    except ValueError:
-        raise ValueError(allowed) from None
-    if seconds < MIN_SWEEP_SECONDS:
-        raise ValueError(allowed)
-    return seconds
-
-
-def _read_mount_timeout(text: str) -> float:
-    allowed = "a duration from 100ms to 110s, since kubelet gives up after 2m"
-    try:
-        seconds = read_duration(text)
-    except ValueError:
-        raise ValueError(allowed) from None
-    if not MIN_MOUNT_SECONDS <= seconds <= MAX_MOUNT_SECONDS:
-        raise ValueError(allowed)
-    return seconds
 
 
 _SERVING, _VAULT, _GUARDRAILS, _CREDENTIALS, _KUBERNETES, _TELLING = (
@@ -281,11 +266,15 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _SERVING, "mount-timeout", "DURATION", "60s",
-        "Time that one mount may take, from 100ms to 110s; kubelet gives up after 2m.", _read_mount_timeout,
+        "Time that one mount may take, from 100ms to 110s; kubelet gives up after 2m.",
+        _duration(
+            MIN_MOUNT_SECONDS, MAX_MOUNT_SECONDS, "a duration from 100ms to 110s, since kubelet gives up after 2m"
+        ),
     ),
     Flag(
         _SERVING, "cache-size", "NUMBER", "1000",
-        "Most sessions (a pod's token and leases) kept between mounts; 0 keeps none.", _read_cache_size,
+        "Most sessions (a pod's token and leases) kept between mounts; 0 keeps none.",
+        _number(0, MAX_CACHE_SIZE, " (keep none)"),
     ),
     Flag(
         _SERVING, "templates", "SWITCH", "on",
@@ -331,7 +320,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _VAULT, "max-connections", "NUMBER", str(MAX_CONNECTIONS),
-        "Most connections to one server, for each TLS setting, 1 to 1024.", _read_max_connections,
+        "Most connections to one server, for each TLS setting, 1 to 1024.", _number(1, MOST_CONNECTIONS),
     ),
     Flag(
         _GUARDRAILS, "hardened", "", "false",
@@ -355,20 +344,20 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _GUARDRAILS, "unknown-fields", "HOW", "",
         "What a field that nobody knows is in a class: warn or error. Unset: warn; hardened: error.",
-        _read_unknown_fields,
+        _word({"": None, "warn": False, "error": True}),
     ),
     Flag(
         _GUARDRAILS, "max-pod-mounts", "NUMBER", str(MAX_POD_MOUNTS),
-        "Most mounts of one pod in a minute; 0 for no limit.", _read_pod_share,
+        "Most mounts of one pod in a minute; 0 for no limit.", _pod_share,
     ),
     Flag(
         _GUARDRAILS, "max-pod-objects", "NUMBER", str(MAX_POD_OBJECTS),
         "Most objects of one pod's mounts in a minute, each source of a template counted; 0 for no limit.",
-        _read_pod_share,
+        _pod_share,
     ),
     Flag(
         _GUARDRAILS, "max-pod-mib", "NUMBER", str(MAX_POD_MIB),
-        "Most MiB of one pod's files in a minute; 0 for no limit.", _read_pod_share,
+        "Most MiB of one pod's files in a minute; 0 for no limit.", _pod_share,
     ),
     Flag(
         _CREDENTIALS, "renew-percent", "NUMBER", "67",
@@ -390,11 +379,13 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _CREDENTIALS, "revoke", "WHEN", "pod-end",
-        "When a pod's tokens, and so its credentials, are revoked: pod-end or never.", _read_revoke,
+        "When a pod's tokens, and so its credentials, are revoked: pod-end or never.",
+        _word({"pod-end": True, "never": False}),
     ),
     Flag(
         _CREDENTIALS, "sweep-interval", "DURATION", "60s",
-        "Time between two looks for pods that are gone, 1s or more.", _read_sweep_interval,
+        "Time between two looks for pods that are gone, 1s or more.",
+        _duration(MIN_SWEEP_SECONDS, math.inf, "a duration of 1s or more"),
     ),
     Flag(
         _KUBERNETES, "node-name", "NAME", "",
@@ -419,7 +410,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(_TELLING, "debug", "", "false", "The same as --log-level=debug.", read_bool),
     Flag(
         _TELLING, "log-format", "FORMAT", "json",
-        "One line of json an event, or text for people.", _read_log_format,
+        "One line of json an event, or text for people.", _format,
     ),
     Flag(
         _TELLING, "health-addr", "ADDRESS", DEFAULT_HEALTH_ADDRESS,
@@ -436,7 +427,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(_TELLING, "version", "", "false", "Print the version and exit.", read_bool),
     Flag(
         _TELLING, "output", "FORMAT", "text", "How --version and the status command print: text or json.",
-        _read_log_format,
+        _format,
     ),
 )  # fmt: skip
 
