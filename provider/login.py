@@ -52,9 +52,7 @@ async def _log_in(vault: Vault, spec: MountSpec, tokens: TokenSource, deadline: 
         raise LoginDenied(
             f'login to {spec.server.address} at auth/{login.mount} with role "{login.role}"{namespace} as service '
             f"account {pod.namespace}/{pod.service_account} ({audience}) denied: {denied.what}",
-            f"check that auth mount {login.mount}/ exists, that the role exists there, and that its bound service "
-            "account, namespace and audience are these; Vault answers 403 too where its TokenReview fails, as while it "
-            "is sealed or changes its leader",
+            denied.advice,
         ) from denied
 
 

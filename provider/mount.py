@@ -299,13 +299,18 @@ class Mounter:
     async def _advice(self, error: ProviderError, request: SecretRequest, spec: MountSpec, until: float) -> str:
         """What to do about a 403 or 404, knowing the secrets engine (docs/contract.md section 3)."""
         engine = await self._sessions.engine_of(spec, request.path, until)
-        if engine is not None and (engine.kind, engine.version) == ("kv", "2"):
+        if engine is not None and engine.kind == "kv":
             rest = request.path.removeprefix(engine.path)
-            if rest.split("/", 1)[0] not in KV2_PREFIXES:
+            if engine.version == "2" and rest.split("/", 1)[0] not in KV2_PREFIXES:
                 return f'{engine.path} is a KV version 2 engine: write secretPath "{engine.path}data/{rest}"'
+            if engine.version != "2" and rest.startswith("data/"):
+                return f'{engine.path} is a KV version 1 engine: write secretPath "{engine.path}{rest[len("data/") :]}"'
         if isinstance(error, AccessDenied):
             can = CAPABILITIES.get(request.method, "update")
-            return f'give a policy of role "{spec.login.role}" the capability "{can}" on "{request.path}"'
+            return (
+                f"check secretPath, whose mount and spelling Vault does not tell from a denial; if it is right, give a "
+                f'policy of role "{spec.login.role}" the capability "{can}" on "{request.path}"'
+            )
         return error.advice or "check secretPath, and secretKey"
 
 

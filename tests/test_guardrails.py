@@ -256,7 +256,7 @@ def test_unknown_fields_can_be_errors_without_the_hardened_mode() -> None:
     """--unknown-fields=error closes it alone, and names the nearest known field as the warning does."""
     strict = dataclasses.replace(OPEN, unknown_fields_fail=True)
     fault = refusal(strict, OBJECT + "  secretkey: x\n")
-    assert 'unknown field "secretkey", did you mean secretKey?' in fault
+    assert 'unknown field "secretkey", did you mean secretKey? (rename it to secretKey, or remove it;' in fault
 
 
 @pytest.mark.parametrize("mode", ["0666", "0777", "0602", '"0002"', "438"])

@@ -203,7 +203,9 @@ class TestRefusals:
         assert f'login to {bao.address} at auth/{mount} with role "{role}"' in message
         assert f'service account shop/web (audience "{audience}", token from the driver)' in message
         assert f"check that auth mount {mount}/ exists" in told.value.advice
-        assert "bound service account, namespace and audience" in told.value.advice
+        assert "bound service account, its namespace in Kubernetes and its audience" in told.value.advice
+        # It is what Vault answers where its own request to the API server fails; of no other refusal.
+        assert ("TokenReview" in told.value.advice) == (mount == "nowhere")
         assert tokens[audience].reveal() not in message
         assert "eyJ" not in message
 
@@ -219,6 +221,17 @@ class TestRefusals:
         message = str(told.value)
         assert "(the API server's own audience, token from TokenRequest)" in message
         assert 'Vault namespace "blue"' in message
+
+    async def test_message_for_a_namespace_that_is_not_there(
+        self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, bao: OpenBao, pod: KubePod
+    ) -> None:
+        """What Vault has nothing at is not looked for in the role."""
+        spec = spec_of(bao.address, pod, Login("kubernetes", "vault", "vault"), driver_tokens(kube, pod, "vault"))
+        spec = replace(spec, server=replace(spec.server, namespace="nowhere"))
+        with pytest.raises(LoginDenied, match="Vault answered 404") as told:
+            await log_in(servers, spec, kubernetes)
+        assert 'check that auth mount kubernetes/ and Vault namespace "nowhere" exist' in told.value.advice
+        assert "bound" not in told.value.advice
 
     async def test_expired_token(
         self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, bao: OpenBao, pod: KubePod

@@ -527,6 +527,11 @@ class TestErrors:
         assert "KV version 2" not in str(error)
         assert "check secretPath" in str(error)
 
+    async def test_kv1_path_that_has_data(self, node: Node, shop: EcommerceStand) -> None:
+        """The opposite slip: a path as of version 2 on an engine of version 1."""
+        error = await node.failure(wanting(shop, file("k", "old/data/app", "k"), role="broad"))
+        assert 'old/ is a KV version 1 engine: write secretPath "old/app"' in str(error)
+
     @pytest.mark.parametrize(
         ("method", "capability"), [("GET", "read"), ("LIST", "list"), ("POST", "update"), ("DELETE", "delete")]
     )
@@ -539,6 +544,7 @@ class TestErrors:
             f'object "k": Vault denied {method} old/app',
             "permission denied",
             f'[role "ecommerce-app", {shop.openbao.address}]',
+            "check secretPath, whose mount and spelling",
             f'give a policy of role "ecommerce-app" the capability "{capability}" on "old/app"',
         ):
             assert part in str(error)

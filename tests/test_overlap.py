@@ -379,6 +379,8 @@ async def test_token_that_may_not_revoke_itself_is_not_called_revoked(caplog: py
             await asyncio.sleep(300)
         told = [record.getMessage() for record in caplog.records]
         assert any("cannot be revoked and is left to expire" in line for line in told)
+        accessors = {getattr(record, "accessor", "") for record in caplog.records if "revoked" in record.getMessage()}
+        assert accessors == {f"accessor-{token.id.removeprefix('hvs.')}" for token in stage.vault.live_tokens()}
         assert not any("revoked the token" in line for line in told)
         assert stage.vault.live_leases()
 

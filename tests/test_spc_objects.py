@@ -120,6 +120,14 @@ def test_a_field_that_is_no_scalar_is_refused(field: str, value: str, kind: str)
     assert found[0].startswith(f"{where} {field}: is a {kind}")
 
 
+def test_a_fault_is_told_with_the_slip_that_it_comes_of() -> None:
+    """A required field that is missing since it is misspelt: both are told, though the slip alone were a warning."""
+    assert faults("- objectname: a\n  secretPath: b\n") == (
+        "objects[0] objectName: is missing (name the file to write the secret to)",
+        'objects[0]: unknown field "objectname" is ignored, did you mean objectName?',
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "hint"),
     [

@@ -190,6 +190,22 @@ class TestVerification:
             await read(servers, f"http://127.0.0.1:{faulty.port}", TlsSettings())
         assert faulty.arrivals == []
 
+    async def test_plain_http_where_openbao_speaks_tls(self, servers: VaultServers, authority: Authority) -> None:
+        """A real server says what is wrong, and so does the error, however the connection ends."""
+        with OpenBao(storage="inmem", certificate=authority.server()) as bao:
+            plain = bao.address.replace("https://", "http://")
+            for _ in range(20):
+                with pytest.raises(VaultUnavailable, match=f"^Vault at {plain} speaks TLS") as told:
+                    await read(servers, plain, TlsSettings())
+                assert "write https:// in vaultAddress" in told.value.advice
+
+    async def test_tls_where_plain_http_is_spoken(self, servers: VaultServers) -> None:
+        """The opposite slip is told as such, and not as a certificate's fault."""
+        with OpenBao() as bao:
+            with pytest.raises(VaultUnavailable, match=r"^TLS with Vault at") as told:
+                await read(servers, bao.address.replace("http://", "https://"), TlsSettings(skip_verify=True))
+            assert "write http:// in vaultAddress" in told.value.advice
+
 
 class TestClientCertificates:
     async def test_openbao_that_demands_one(self, servers: VaultServers, tmp_path: Path) -> None:

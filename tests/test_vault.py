@@ -1147,3 +1147,11 @@ class TestLives:
             await read(real, "secret/data/gone", root)
         with pytest.raises(SecretNotFound, match=r"has nothing at secret/data/never"):
             await read(real, "secret/data/never", root)
+
+    async def test_version_that_is_not_there(self, real: Vault, root: Sensitive[str]) -> None:
+        """The version that was asked for is told, and nothing else of a query, which may hold a secret."""
+        await real.read(with_body("POST", "secret/data/once", {"data": {"a": "1"}}), root, within())
+        asked = SecretRequest("GET", "secret/data/once", (("version", "7"), ("other", "canary")))
+        with pytest.raises(SecretNotFound, match=r"has nothing at secret/data/once\?version=7") as told:
+            await real.read(asked, root, within())
+        assert "canary" not in f"{told.value} {asked}"

@@ -172,8 +172,9 @@ class Connection(asyncio.Protocol):
         response = self._response
         self._transport = None
         if response is not None:
-            if error is None and self._headed and not _is_delimited(response):
-                self._finish(response)  # RFC 9112 section 6.3: its end is the connection's
+            # RFC 9112 section 6.3: its end is the connection's. A refusal's words may be cut: its status says enough.
+            if self._headed and not _is_delimited(response) and (error is None or response.status >= 400):
+                self._finish(response)
             elif self._headed:
                 self._fail(ExchangeBroken("its answer broke off"))
             elif isinstance(error, ssl.SSLError):

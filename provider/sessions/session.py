@@ -625,6 +625,8 @@ class Session:
 
     async def _revoke_surely(self, token: HeldToken) -> None:
         wait = 1.0
+        # Whoever has to revoke it by hand, after a restart too, has its name here alone.
+        about = self._about() | {"accessor": token.auth.accessor}
         until = self._clock.now() + REVOCATION_SECONDS
         while token.usable(self._clock.now()) and self._clock.now() < until:
             try:
@@ -634,17 +636,15 @@ class Session:
                 finally:
                     self._around.revoking.give(self.identity.server)
             except RenewalRefused as refused:
-                _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=self._about())
+                _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=about)
                 return
             except (ProviderError, TimeoutError) as error:
-                _log.warning("revocation failed, trying again: %s", error, extra=self._about())
+                _log.warning("revocation failed, trying again: %s", error, extra=about)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(60.0, wait * 2)
             else:
                 token.dead = True
-                _log.info(
-                    "revoked the token of a pod that is gone", extra=self._about() | {"accessor": token.auth.accessor}
-                )
+                _log.info("revoked the token of a pod that is gone", extra=about)
 
     async def let_go(self) -> None:
         """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""

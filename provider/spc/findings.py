@@ -81,8 +81,10 @@ class Findings:
                 near = None if kept.full else nearest(name, known)
                 hint = f", did you mean {near}?" if near else ""
                 if self._strict:
-                    remedy = "the daemon's --unknown-fields=warn would ignore it"
-                    self.fault(where, f"unknown {kind} {show(name)}{hint}", f"remove it; {remedy}")
+                    # Taken away, a field that was only misspelt would leave the application another file.
+                    remedy = f"rename it to {near}, or remove it" if near else "remove it"
+                    remedy += "; the daemon's --unknown-fields=warn would ignore it"
+                    self.fault(where, f"unknown {kind} {show(name)}{hint}", remedy)
                 else:
                     self.warn(where, f"unknown {kind} {show(name)} is ignored{hint}")
 
@@ -110,9 +112,9 @@ class Findings:
         return self._faults.all()
 
     def check(self) -> None:
-        """Raise InvalidClass with every fault, if there is any."""
+        """Raise InvalidClass with every fault, if there is any; and with the warnings, which may tell why."""
         if self.faults:
-            raise InvalidClass(self.faults)
+            raise InvalidClass([*self.faults, *self.warnings])
 
 
 def show(text: str) -> str:

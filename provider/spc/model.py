@@ -80,8 +80,14 @@ class SecretRequest(NamedTuple):
     query: tuple[tuple[str, str], ...] = ()
     body: Sensitive[str] | None = None
 
+    @property
+    def shown(self) -> str:
+        """The path as messages show it: of its query the version alone, since the rest may be a secret."""
+        versions = [value for name, value in self.query if name == "version" and value.isdecimal()]
+        return f"{self.path}?version={versions[0][:20]}" if versions else self.path
+
     def __str__(self) -> str:
-        return f"{self.method} {self.path}"
+        return f"{self.method} {self.shown}"
 
 
 # The alias of an object's own secretPath.

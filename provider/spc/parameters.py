@@ -260,7 +260,8 @@ class Parameters:
             where = f"{spelling} {show(given)}" if "@" not in given else spelling
             there = self._findings.attempt(where, address, given, "")
             if there and not allowed.allows(there):
-                self._findings.fault(where, "is not an address that the daemon's operator allows", remedy(there))
+                advice = f"leave it out, or look for a slip in it; else {remedy(there)}"
+                self._findings.fault(where, "is not an address that the daemon's operator allows", advice)
         else:
             there = settings.vault_addr
         return VaultServer(

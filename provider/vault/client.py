@@ -174,13 +174,19 @@ class Vault:
         try:
             answer = await Kubernetes(adapter).login(login.role, jwt.reveal(), use_token=False, mount_point=login.mount)
         except Refusal as refusal:
-            raise LoginDenied(f"Vault answered {refusal.status}: {refusal.words or 'permission denied'}") from refusal
+            said = f"Vault answered {refusal.status}: {refusal.words or 'permission denied'}"
+            raise LoginDenied(said, _login_advice(login, self.server, refusal)) from refusal
         auth = answer.get("auth")
         token = _text(auth.get("client_token")) if isinstance(auth, dict) else ""
         if not isinstance(auth, dict) or not token:
-            raise LoginDenied("Vault's answer holds no token; is a second factor (MFA) enforced on this auth mount?")
+            raise LoginDenied(
+                "Vault's answer holds no token", "see whether a second factor (MFA) is enforced on the mount"
+            )
         if not _HEADER_TEXT.fullmatch(token):
-            raise LoginDenied("the token in Vault's answer is not printable ASCII, so it cannot be sent in a header")
+            raise LoginDenied(
+                "the token in Vault's answer is not printable ASCII, so it cannot be sent in a header",
+                "see what stands at vaultAddress: no Vault gives such tokens",
+            )
         return Auth(
             token=Sensitive(token),
             accessor=_text(auth.get("accessor")),
@@ -511,6 +517,20 @@ def mount_of(path: str) -> str:
     return mount if len(mount) <= MAX_MOUNT_TEXT else ""
 
 
+def _login_advice(login: Login, server: VaultServer, refusal: Refusal) -> str:
+    """What to do about a login that was refused (docs/contract.md section 3)."""
+    if refusal.status == 404:
+        namespace = f' and Vault namespace "{server.namespace}" exist' if server.namespace else " exists"
+        return f"check that auth mount {login.mount}/{namespace}, and that vaultAddress ends before the API's /v1"
+    advice = (
+        f"check that auth mount {login.mount}/ exists, that the role exists there, and that its bound service account, "
+        "its namespace in Kubernetes and its audience are these"
+    )
+    if refusal.status == 403 and "permission denied" in refusal.words:
+        advice += "; Vault answers 403 too where its TokenReview fails, as while it is sealed or changes its leader"
+    return advice
+
+
 def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
     said = f' ("{refusal.words}")' if refusal.words else ""
     if refusal.status == 403:
@@ -522,7 +542,7 @@ def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
                 f"the current version of {request.path} is deleted or destroyed",
                 "undelete it, or write a new version",
             )
-        return SecretNotFound(f"Vault has nothing at {request.path}{said}")
+        return SecretNotFound(f"Vault has nothing at {request.shown}{said}")
     return RequestRefused(
         f"Vault refused {request} with {refusal.status}{said}", "check secretPath, method and secretArgs"
     )

@@ -32,7 +32,7 @@ def fingerprint(tls: TlsSettings) -> Fingerprint:
     paths = [path for path in (tls.ca_cert, tls.client_cert, tls.client_key) if path]
     if tls.ca_directory:
         paths.append(tls.ca_directory)
-        with contextlib.suppress(_TooMany):  # which is told when they are to be read
+        with contextlib.suppress(_TooMany, OSError):  # which is told when they are to be read
             paths += _files_in(tls.ca_directory)
     marks = []
     for path in paths:
@@ -150,15 +150,12 @@ def _check_within(root: str, opened: int) -> None:
 
 
 def _files_in(directory: str) -> list[str]:
-    """The files of a directory, in order; none where it cannot be read. Raises _TooMany."""
-    try:
-        with os.scandir(directory) as entries:
-            found = list(itertools.islice(entries, MAX_CA_FILES + 1))
-            if len(found) > MAX_CA_FILES:
-                raise _TooMany(f"it has more than {MAX_CA_FILES} files")
-            return sorted(entry.path for entry in found if entry.is_file())
-    except OSError:
-        return []
+    """The files of a directory, in order. Raises OSError where it cannot be read, and _TooMany."""
+    with os.scandir(directory) as entries:
+        found = list(itertools.islice(entries, MAX_CA_FILES + 1))
+        if len(found) > MAX_CA_FILES:
+            raise _TooMany(f"it has more than {MAX_CA_FILES} files")
+        return sorted(entry.path for entry in found if entry.is_file())
 
 
 def _unusable(what: str, path: str, error: Exception) -> VaultUnavailable:

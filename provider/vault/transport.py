@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -47,6 +48,9 @@ LARGE_BODY_SECONDS: Final = 10.0
 # fewer unless nearly every fourth byte is one.
 # Source: https://openbao.org/docs/configuration/storage/raft/ (max_entry_size)
 MAX_JSON_MARKS: Final = 300_000
+
+# What Go's servers, and so Vault, answer to plain HTTP on a port of TLS.
+_TLS_WANTED: Final = b"HTTP request to an HTTPS server"
 
 # Tells without a token whether a Vault is there; other statuses below 500 are those of standbys.
 # Source: https://openbao.org/api-docs/system/health/
@@ -226,6 +230,11 @@ class Transport:
                 response.close()
         except HttpFailure as error:
             raise _failure(error, self.server.address) from error
+        if parsed is None and response.status == HTTPStatus.BAD_REQUEST and _TLS_WANTED in response.body:
+            raise VaultUnavailable(
+                f"Vault at {self.server.address} speaks TLS, and was spoken to without",
+                "write https:// in vaultAddress, or in the daemon's --vault-addr",
+            )
         return Answer(self.server.address, response.status, parsed, size, response)
 
     async def _large(self, response: Response, owner: Hashable, room: Room | None) -> tuple[int, dict[str, Any] | None]:
@@ -300,10 +309,14 @@ def _failure(error: HttpFailure, where: str) -> VaultUnavailable:
     if isinstance(error, ProxyFailed):
         return NotSent(f"Vault at {where} is unreachable: the proxy does not lead to it: {error}", PROXY_ADVICE)
     if isinstance(error, TlsFailed):
-        return VaultUnavailable(
-            f"TLS with Vault at {where} failed: {error}",
-            "check vaultCACertPath, vaultTLSServerName, vaultTLSClientCertPath and Vault's certificate",
+        advice = (
+            "check that Vault's CA is the one given, by the daemon's --vault-tls-ca-cert (the chart's vaultCA) or the "
+            "class's vaultCACertPath; and vaultTLSServerName, vaultTLSClientCertPath and Vault's certificate"
         )
+        # What OpenSSL says of plain HTTP.
+        if "WRONG_VERSION_NUMBER" in str(error) or "HTTP_REQUEST" in str(error):
+            advice = "there is no TLS, it seems: check the port, or write http:// in vaultAddress or --vault-addr"
+        return VaultUnavailable(f"TLS with Vault at {where} failed: {error}", advice)
     if isinstance(error, LookupFailed):
         return NotSent(
             f"Vault at {where} is unreachable: its host name cannot be looked up: {error}",
