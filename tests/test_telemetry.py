@@ -482,25 +482,34 @@ async def talk(port: int, sent: bytes) -> bytes:
         writer.close()
 
 
+def never() -> bool:
+    return False
+
+
 async def status_line(port: int, path: str = "/health/ready") -> bytes:
     """The status line of the answer to a GET."""
     return (await talk(port, f"GET {path} HTTP/1.1\r\nHost: probe\r\n\r\n".encode())).split(b"\r\n")[0]
 
 
 async def test_probes_are_answered_by_what_ready_says() -> None:
-    """/health/live is 200; /health/ready is 503 or 200 as the server says at that moment; other paths are 404."""
-    ready = False
+    """/health/ready is 503 or 200 as the server says at that moment; /health/live is 503 for a socket that is gone.
+
+    Other paths are 404.
+    """
+    ready = lost = False
 
     async def is_ready() -> bool:
         return ready
 
-    health = Health(is_ready)
+    health = Health(is_ready, lambda: lost)
     async with serving(health.pages) as port:
         assert await asyncio.to_thread(get, port, "/health/live") == 200
         assert await asyncio.to_thread(get, port, "/health/ready") == 503
         ready = True
         assert await asyncio.to_thread(get, port, "/health/ready?verbose") == 200
         assert await asyncio.to_thread(get, port, "/") == 404
+        lost = True
+        assert await asyncio.to_thread(get, port, "/health/live") == 503
     await health.close()
 
 
@@ -515,7 +524,7 @@ async def test_probes_that_come_together_ask_once() -> None:
         await release.wait()
         return True
 
-    async with serving(Health(is_ready).pages, host="") as port:
+    async with serving(Health(is_ready, never).pages, host="") as port:
         requests = [asyncio.create_task(status_line(port)) for _ in range(10)]
         await until(lambda: asked == 1)
         # All ten have to be with the server before the answer is let go.
@@ -534,7 +543,7 @@ async def test_health_that_is_closed_asks_no_more() -> None:
         await asyncio.get_running_loop().create_future()
         return True
 
-    health = Health(hang)
+    health = Health(hang, never)
     async with serving(health.pages) as port:
         request = asyncio.create_task(status_line(port))
         await asked.wait()

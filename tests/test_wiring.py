@@ -67,10 +67,12 @@ async def build(settings: Settings) -> AsyncIterator[Parts]:
 
 
 @contextlib.contextmanager
-def running(directory: Path, module: str, *flags: str, ready: str) -> Iterator[Process]:
+def running(directory: Path, module: str, *flags: str, ready: str, **environ: str) -> Iterator[Process]:
     """A daemon whose socket is `vault.sock`, once its log has the message `ready`."""
     argv = [sys.executable, "-m", module, f"--endpoint={directory}/vault.sock", "--node-name=", *flags]
-    process = Process(argv, log=directory / "log", cwd=ROOT, env=clean_environment() | {"PYTHONPATH": str(ROOT)})
+    process = Process(
+        argv, log=directory / "log", cwd=ROOT, env=clean_environment() | {"PYTHONPATH": str(ROOT)} | environ
+    )
     try:
         eventually(lambda: ready in process.log.read_text() or not process.running, f"the log says {ready!r}")
         assert process.running, process.log_tail()
@@ -113,6 +115,37 @@ def test_metrics_are_served_where_the_flag_says(
             eventually(lambda: status(own, "/metrics") == 200, "metrics are served")
         assert status(own, "/metrics") == on_own
         assert status(own, "/health/live") == (404 if on_own else 0)
+
+
+def test_daemon_whose_socket_somebody_removed_asks_to_be_restarted(tmp_path: Path) -> None:
+    """Kubelet is told by its liveness probe, and the log says why, once; what another daemon took over is not lost."""
+    health = free_port()
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text("{apiVersion: v1, kind: Config, clusters: [], contexts: [], users: []}")
+    with running(tmp_path, "provider.cli", f"--health-addr=127.0.0.1:{health}", ready="mounts are served") as daemon:
+        assert status(health, "/health/live") == 200
+        endpoint = tmp_path / "vault.sock"
+        endpoint.rename(tmp_path / "aside")
+        assert status(health, "/health/live") == status(health, "/health/live") == 503
+        assert daemon.log.read_text().count("the socket is gone") == 1
+        endpoint.touch()
+        assert status(health, "/health/live") == 200
+
+
+def test_what_is_set_and_has_no_effect_is_warned_of(tmp_path: Path) -> None:
+    """Variables that the Go providers read, and TLS files that cannot be read; not what Kubernetes sets for a Service."""
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text("{apiVersion: v1, kind: Config, clusters: [], contexts: [], users: []}")
+    flag = f"--vault-tls-ca-cert={tmp_path}/nowhere.crt"
+    variables = {"BAO_CACERT_BYTES": "pem", "VAULT_PORT": "tcp://10.0.0.1:8200"}
+    with running(tmp_path, "provider.cli", flag, ready="mounts are served", **variables) as daemon:
+        eventually(lambda: "nowhere.crt" in daemon.log.read_text(), "the file is warned of")
+        told = [json.loads(line) for line in daemon.log.read_text().splitlines()]
+    ours = [event for event in told if event["logger"].startswith("provider.cli")]
+    warned = [event["message"] for event in ours if event["severity"] == "WARNING"]
+    assert len(warned) == 2
+    assert warned[0].startswith("BAO_CACERT_BYTES is set, and not read here: write the certificates to a file")
+    assert warned[1].startswith(f"cannot use the CA certificates at {tmp_path}/nowhere.crt: No such file")
 
 
 def test_collector_looks_at_nothing_at_the_start_and_seldom_once_mounts_are_served(tmp_path: Path) -> None:

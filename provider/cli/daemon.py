@@ -20,7 +20,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Final, Literal
 
 from provider import __version__
-from provider.cli.flags import PROGRAM, parse, split_listen_address
+from provider.cli.flags import PROGRAM, parse, split_listen_address, unread
 from provider.errors import InvalidSetting, ProviderError
 from provider.redact import one_line
 from provider.settings import Settings
@@ -137,13 +137,16 @@ async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) ->
             settings.endpoint, parts.parser, parts.mounts, settings.mount_timeout, parts.telemetry, limits=limits
         )
         # Health comes first and goes last: a probe is told "not ready" at both ends.
-        health = Health(server.answers)
+        health = Health(server.answers, server.is_lost)
         stack.push_async_callback(health.close)
         for http in _http_servers(settings, {**health.pages, **parts.pages}, parts.metrics):
             await stack.enter_async_context(http)
         if not told_to_stop.is_set():
             await server.start()
             guardrails.tell(settings)
+            for told in unread(os.environ):
+                _logger.warning("%s", told)
+            await asyncio.to_thread(guardrails.try_files, settings)
             await asyncio.to_thread(parts.preload)
             _settle_memory()
             collecting = asyncio.create_task(_collect_garbage())

@@ -433,6 +433,17 @@ FLAGS: Final[tuple[Flag, ...]] = (
 
 # A setting without a flag, as Vault's own command line has it.
 PROXY_VARIABLE: Final = "VAULT_PROXY_ADDR"
+# What the Go providers read by way of Vault's client, and this one does not, with what to do instead.
+UNREAD: Final = {
+    "VAULT_AGENT_ADDR": "name Vault's own address by VAULT_ADDR: no agent is needed",
+    "VAULT_CACERT_BYTES": "write the certificates to a file, and name it by VAULT_CACERT",
+    "VAULT_HTTP_PROXY": "write VAULT_PROXY_ADDR",
+    "VAULT_SRV_LOOKUP": "name host and port by VAULT_ADDR",
+    "VAULT_DISABLE_REDIRECTS": "a token is sent nowhere but to allowed addresses",
+    "VAULT_CLIENT_TIMEOUT": "--mount-timeout bounds each mount",
+    "VAULT_MAX_RETRIES": "what may be sent again is decided by request",
+    "VAULT_RATE_LIMIT": "--max-connections bounds what Vault is asked at once",
+}
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callable[[str], str]) -> Command:
@@ -464,6 +475,11 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         client_key=value["vault-tls-client-key"],
         skip_verify=value["vault-tls-skip-verify"],
     )
+    if bool(tls.client_cert) != bool(tls.client_key):
+        raise InvalidSetting(
+            "of --vault-tls-client-cert and --vault-tls-client-key, or their variables, one is missing",
+            "give both, or neither",
+        )
     settings = Settings(
         endpoint=value["endpoint"],
         log_level="debug" if value["debug"] else value["log-level"],
@@ -574,6 +590,13 @@ def _variables(variable: str, environ: Mapping[str, str]) -> Iterator[tuple[str,
     for name in _spelled(variable):
         if environ.get(name):
             yield name, environ[name]
+
+
+def unread(environ: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each variable that is set, and that whoever set it may take for read."""
+    for variable, instead in UNREAD.items():
+        for name, _ in _variables(variable, environ):
+            yield f"{name} is set, and not read here: {instead}"
 
 
 def _from_environment(flag: Flag, environ: Mapping[str, str]) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from provider.errors import VaultUnavailable
 from provider.settings import Settings
 from provider.spc.addresses import AddressPattern
+from provider.vault.tls import make_context
 
 _logger = logging.getLogger(__name__)
 
@@ -44,3 +46,16 @@ def tell(settings: Settings) -> None:
             "--vault-tls-skip-verify is on: whoever is in between reads tokens and secrets; give the CA by "
             "--vault-tls-ca-cert"
         )
+
+
+def try_files(settings: Settings) -> None:
+    """Warn of TLS files of the flags that cannot be used: they may come yet, and until then mounts fail for them."""
+    tls = settings.tls
+    if settings.vault_addr.startswith("https://") and (tls.ca_cert or tls.ca_directory or tls.client_cert):
+        try:
+            make_context(tls)
+        except VaultUnavailable as error:
+            _logger.warning(
+                "%s (--vault-tls-*, or their variables): mounts fail until it can be used; it is looked for at each",
+                error.what,
+            )

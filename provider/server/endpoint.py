@@ -113,6 +113,10 @@ class Endpoint:
             return False
         return (found.st_dev, found.st_ino) == self._ours
 
+    def is_lost(self) -> bool:
+        """Whether somebody removed the socket that this process published, and nothing stands in its place."""
+        return self._ours is not None and not os.path.lexists(self.path)
+
     def withdraw(self) -> bool:
         """Remove the socket if it is still this process's; whether it was, and could be removed."""
         ours = False

@@ -61,6 +61,7 @@ class Server:
             parser, mounts, mount_timeout, telemetry, limits or PodLimits(Settings(), SystemClock())
         )
         self._connection_age = connection_age
+        self._told_lost = False
         self._grace = mount_timeout + GRACE_SECONDS
         self._grpc: grpc.aio.Server | None = None
 
@@ -107,6 +108,18 @@ class Server:
             except grpc.aio.AioRpcError:
                 return False
         return self._endpoint.is_ours()
+
+    def is_lost(self) -> bool:
+        """Whether no driver finds this server any more, nor another: the socket was removed, and not by us."""
+        lost = self._endpoint.is_lost()
+        if lost and not self._told_lost:
+            _logger.error(
+                "the socket is gone, so no mount can come; kubelet restarts the daemon once /health/live tells it so: "
+                "look who removes it, as another provider of the same name does when it ends",
+                extra={"endpoint": self._endpoint.path},
+            )
+        self._told_lost = lost
+        return lost
 
     async def stop(self) -> None:
         """Leave the endpoint, and return when the last call is answered. No caller is cut off.

@@ -11,13 +11,15 @@ from provider.telemetry.http import Answer, Page, Request
 
 
 class Health:
-    """``/health/live`` (200 while the event loop runs) and ``/health/ready`` (200 while mounts can come).
+    """``/health/live`` (200 while a new start would mend nothing) and ``/health/ready`` (200 while mounts can come).
 
-    ``ready`` is asked at each probe; probes that come together share one question.
+    ``ready`` is asked at each probe, and probes that come together share one question; ``lost`` is whether the socket
+    was taken away, which the daemon does not mend by itself.
     """
 
-    def __init__(self, ready: Callable[[], Coroutine[Any, Any, bool]]) -> None:
+    def __init__(self, ready: Callable[[], Coroutine[Any, Any, bool]], lost: Callable[[], bool]) -> None:
         self._ready = ready
+        self._lost = lost
         self._asking: asyncio.Task[bool] | None = None
 
     @property
@@ -32,6 +34,8 @@ class Health:
             await asyncio.wait([self._asking])
 
     async def _answer_live(self, request: Request) -> Answer:
+        if self._lost():
+            return Answer(b"the socket is gone\n", HTTPStatus.SERVICE_UNAVAILABLE)
         return Answer(b"ok\n")
 
     async def _answer_ready(self, request: Request) -> Answer:
