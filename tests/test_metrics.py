@@ -35,6 +35,7 @@ from provider.telemetry.events import (
     Kind,
     LeaseView,
     LoggedIn,
+    Looked,
     MountRefused,
     ProgramEnded,
     ReadShared,
@@ -160,7 +161,9 @@ COUNTED: list[tuple[Event, dict[tuple[str, ...], float]]] = [
     (ProgramEnded("cpu"), {("vault_csi_template_kills_total", "cpu"): 1}),
     (AuditLost(7), {("vault_csi_audit_lines_lost_total",): 7}),
     (AuditOutage(began=True), {("vault_csi_audit_outage",): 1}),
-    (BreakerChanged(SERVER, open=True), {("vault_csi_vault_away", ADDRESS): 1}),
+    (BreakerChanged(SERVER, open=True, answered=False), {("vault_csi_vault_away", ADDRESS, "true"): 1}),
+    (Looked(SERVER, 503), {("vault_csi_vault_looks_total", "503"): 1}),
+    (Looked(SERVER, 0), {("vault_csi_vault_looks_total", "none"): 1}),
 ]
 
 
@@ -392,12 +395,14 @@ async def test_vault_that_answers_again_is_away_no_more() -> None:
     """Another Vault than the daemon's own has a series while it does not answer; its own goes back to 0."""
     told = Told()
     other = VaultServer("https://other.example", "", TlsSettings())
-    told.tell(BreakerChanged(other, open=True), BreakerChanged(SERVER, open=True))
+    never = VaultServer("https://slip.example", "", TlsSettings())
+    told.tell(*(BreakerChanged(server, True, server != never) for server in (other, SERVER, never)))
     scrape = await told.scrape()
-    assert scrape.values("vault_csi_vault_away") == [1, 1]
-    told.tell(BreakerChanged(other, open=False), BreakerChanged(SERVER, open=False))
+    assert scrape.values("vault_csi_vault_away", known="true") == [1, 1]
+    assert scrape.value("vault_csi_vault_away", address=never.address, known="false") == 1
+    told.tell(*(BreakerChanged(server, False, True) for server in (other, SERVER, never)))
     scrape = await told.scrape()
-    assert scrape.labels("vault_csi_vault_away") == [{"address": ADDRESS}]
+    assert scrape.labels("vault_csi_vault_away") == [{"address": ADDRESS, "known": "true"}]
     assert scrape.values("vault_csi_vault_away") == [0]
 
 
@@ -414,13 +419,13 @@ async def test_series_are_bounded_whatever_tenants_write() -> None:
             login(None if number % 2 else LoginDenied("no"), text),
             mounted({text: "1"}, name=text),
             refused(name=text, code=text),
-            BreakerChanged(server, open=True),
+            BreakerChanged(server, open=True, answered=number % 2 == 0),
             ProgramEnded(text),
         )
     scrape = await told.scrape()
     by_name = {name: len(scrape.labels(name)) for name in scrape.names}
     assert by_name["vault_csi_volume_failing_seconds"] == MAX_FAILING
-    assert by_name["vault_csi_vault_away"] <= metrics.MAX_ADDRESSES + 1
+    assert by_name["vault_csi_vault_away"] <= metrics.MAX_ADDRESSES + 2
     assert max(by_name["vault_requests_total"], by_name["vault_csi_mounts_total"]) <= MAX_SERIES + 1
     buckets = len(metrics.REQUEST_SECONDS.buckets) + 1
     assert by_name["vault_request_duration_seconds_bucket"] <= (metrics.MAX_HISTOGRAMS + 1) * buckets
@@ -452,7 +457,7 @@ async def test_what_tenants_name_cannot_break_the_page() -> None:
     told = Told()
     name = 'x"} 1\nvault_csi_sessions 99\r\\\ud800'
     told.tell(refused(name=name), request(200, mount=f"{name}/"), request(200, mount="hvs.CAESIJsecretsecretsecret/"))
-    told.tell(BreakerChanged(VaultServer(f"https://{name}", "", TlsSettings()), open=True))
+    told.tell(BreakerChanged(VaultServer(f"https://{name}", "", TlsSettings()), open=True, answered=False))
     scrape = await told.scrape()
     assert scrape.value("vault_csi_sessions") == 0
     assert len(scrape.labels("vault_csi_volume_failing_seconds")) == 1

@@ -115,8 +115,9 @@ class Quiet:
     series: Mapping[str, str]
 
 
-AWAY = told("vault_csi_vault_away", address="https://v")
-SEALED = told("vault_requests_total", method="GET", path="other", status="503")
+AWAY = told("vault_csi_vault_away", address="https://v", known="true")
+TYPO = told("vault_csi_vault_away", address="https://typo", known="false")
+SEALED = told("vault_csi_vault_looks_total", status="503")
 ANSWERED = told("vault_requests_total", method="GET", path="secret/", status="200")
 FAILING = told("vault_csi_volume_failing_seconds", pod_namespace="shop", pod_name="web-0", mounted="true")
 NEVER_MOUNTED = FAILING.replace('mounted="true"', 'mounted="false"')
@@ -258,6 +259,19 @@ CASES: dict[str, list[Fires | Quiet]] = {
             "of twenty nodes one always has lost Vault for half a minute",
             {of_node(AWAY, number): line(flat(0, number / 2 + 1), "1", flat(0, 20)) for number in range(1, 21)},
         ),
+        Quiet("a class has a slip in its address", {AWAY: flat(0, 30), TYPO: flat(1, 30)}),
+    ],
+    "VaultCSIVaultNeverAnswered": [
+        Fires(
+            "a class has a slip in its address",
+            {AWAY: flat(0, 30), TYPO: line(none(5), flat(1, 25))},
+            labels={"address": "https://typo"},
+            summary="1 nodes have had no answer at https://typo, ever",
+            minute=21,
+            quiet_at=18,
+        ),
+        Quiet("the Vault of the flags is away", {AWAY: flat(1, 30)}),
+        Quiet("a slip that is corrected", {TYPO: line(flat(1, 10), none(20))}),
     ],
     "VaultCSIVaultSealed": [
         Fires(
@@ -299,7 +313,7 @@ CASES: dict[str, list[Fires | Quiet]] = {
         Quiet(
             "an address that leads nowhere, and another Vault that fails over",
             {
-                told("vault_csi_vault_away", address="https://typo"): flat(1, 30),
+                TYPO: flat(1, 30),
                 SEALED: line(flat(0, 10), flat(25, 20)),
             },
         ),
@@ -310,7 +324,8 @@ CASES: dict[str, list[Fires | Quiet]] = {
             {
                 ANSWERED: grow(0, 80, 30),
                 told("vault_requests_total", method="GET", path="secret/", status="none"): grow(0, 10, 30),
-                told("vault_requests_total", method="GET", path="secret/", status="502"): grow(0, 10, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="502"): grow(0, 6, 30),
+                told("vault_requests_total", method="GET", path="secret/", status="429"): grow(0, 4, 30),
             },
             labels=JOB,
             summary="20% of the requests to Vault fail",
@@ -809,6 +824,7 @@ async def known_values() -> dict[str, dict[str, set[str] | None]]:
                 values.add(value)
     known["vault_requests_total"]["status"] = {*STATUSES.values(), *(f"{digit}xx" for digit in range(1, 6))}
     known["vault_requests_total"]["method"] = {*METHODS, ANY_OTHER}
+    known["vault_csi_vault_away"]["known"] = {"true", "false"}
     return known
 
 
@@ -891,10 +907,10 @@ def _seal_and_unseal(cluster: Cluster, port: int, remount: Callable[[], object])
     """What the alerts are there for: a re-mount fails, as Vault is sealed, and nobody else is told."""
 
     def away() -> float:
-        return Scrape.of(port).value("vault_csi_vault_away", address=cluster.bao.address)
+        return Scrape.of(port).value("vault_csi_vault_away", address=cluster.bao.address, known="true")
 
     def sealed() -> float:
-        return sum(Scrape.of(port).values("vault_requests_total", status="503"))
+        return Scrape.of(port).value("vault_csi_vault_looks_total", status="503")
 
     cluster.bao.seal()
     with pytest.raises(grpc.RpcError, match="sealed"):

@@ -133,7 +133,7 @@ def test_daemon_whose_socket_somebody_removed_asks_to_be_restarted(tmp_path: Pat
 
 
 def test_what_is_set_and_has_no_effect_is_warned_of(tmp_path: Path) -> None:
-    """Variables that the Go providers read, and TLS files that cannot be read; not what Kubernetes sets for a Service."""
+    """Variables that the Go providers read, and TLS files that cannot be read; not what a Service of the name sets."""
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text("{apiVersion: v1, kind: Config, clusters: [], contexts: [], users: []}")
     flag = f"--vault-tls-ca-cert={tmp_path}/nowhere.crt"

@@ -45,6 +45,13 @@ class VaultRequest(NamedTuple):
     seconds: float
 
 
+class Looked(NamedTuple):
+    """A Vault that did not answer was looked at: ``status`` is 0 where it still does not."""
+
+    server: VaultServer
+    status: int
+
+
 class Supply(enum.Enum):
     """Where the bytes of an object came from."""
 
@@ -224,10 +231,14 @@ class ProgramEnded:
 
 @dataclass(frozen=True, slots=True)
 class BreakerChanged:
-    """A Vault stopped (``open``) or began again to be asked: while it does not answer, mounts are refused at once."""
+    """A Vault stopped (``open``) or began again to be asked: while it does not answer, mounts are refused at once.
+
+    ``answered`` is whether it ever answered this daemon: what never did may be a slip in a class.
+    """
 
     server: VaultServer
     open: bool
+    answered: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +288,7 @@ class SessionView:
 
 Event: TypeAlias = (
     VaultRequest
+    | Looked
     | Mounted
     | MountRefused
     | LoggedIn

@@ -33,6 +33,7 @@ from provider.telemetry.events import (
     Issued,
     Kind,
     LoggedIn,
+    Looked,
     Mounted,
     MountRefused,
     ProgramEnded,
@@ -115,6 +116,13 @@ REQUESTS: Final = Family(
     ("method", "path", "status"),
     "HTTP requests to Vault. path is the auth or engine mount; status is none where no answer came. Those of the "
     "daemon's own auth mount are known beforehand.",
+)
+LOOKS: Final = Family(
+    "vault_csi_vault_looks",
+    "counter",
+    ("status",),
+    "Looks at Vaults that do not answer, one a second at most, by what came; none where nothing did. They are none of "
+    "the requests.",
 )
 REQUEST_SECONDS: Final = Family(
     "vault_request_duration_seconds",
@@ -214,9 +222,9 @@ EARLIEST_END: Final = Family(
 AWAY: Final = Family(
     "vault_csi_vault_away",
     "gauge",
-    ("address",),
+    ("address", "known"),
     "1 for a Vault that does not answer, so that mounts are refused at once. The one of the daemon's flags is always "
-    "here.",
+    "here, and known; so is one that has answered this daemon. Another (false) may be a slip in a class.",
 )
 FAILING: Final = Family(
     "vault_csi_failing_volumes", "gauge", (), "Volumes whose last mount failed, and that are still tried."
@@ -313,6 +321,7 @@ class Metrics:
         login = next(iter(self._paths.values()))
         logins = [("POST", login, status) for status in ("200", "400", "403", "503", NO_ANSWER)]
         self.requests = Counter(REQUESTS, logins)
+        self.looks = Counter(LOOKS, [("503",), (NO_ANSWER,)])
         self.request_seconds = Histogram(REQUEST_SECONDS)
         self.rotations = Counter(ROTATIONS, [(kind, status) for kind in kinds for status in ("success", "error")])
         self.mounts = Counter(MOUNTS, [("OK",), *codes])
@@ -334,12 +343,13 @@ class Metrics:
         self._counters = [found for found in vars(self).values() if isinstance(found, Counter)]
         self._histograms = [found for found in vars(self).values() if isinstance(found, Histogram)]
         self._audit_outage = False
-        self._away: set[VaultServer] = set()
+        self._away: dict[VaultServer, bool] = {}
         self._sweeping = False
         # When pods that are gone were last looked for; after two such looks a session that is left is a living pod's.
         self._swept_at: deque[float] = deque(maxlen=2)
         self._takers: Mapping[type[Event], Callable[[Any], None]] = {
             VaultRequest: self._requested,
+            Looked: lambda event: self.looks.add(_status(event.status)),
             Mounted: self._mounted,
             MountRefused: self._refused,
             LoggedIn: self._logged_in,
@@ -370,7 +380,7 @@ class Metrics:
         path = self._paths.get(mount)
         if path is None:
             path = self._path(mount, status)
-        self.requests.add(method, path, STATUSES.get(status) or f"{status // 100}xx")
+        self.requests.add(method, path, _status(status))
         if status:
             self.request_seconds.observe(seconds, method, path)
 
@@ -430,9 +440,9 @@ class Metrics:
 
     def _breaker_changed(self, event: BreakerChanged) -> None:
         if event.open:
-            self._away.add(event.server)
+            self._away[event.server] = event.answered
         else:
-            self._away.discard(event.server)
+            self._away.pop(event.server, None)
 
     def _audit_changed(self, event: AuditOutage) -> None:
         self._audit_outage = event.began
@@ -490,10 +500,12 @@ class Metrics:
         return not late or (self._sweeping and (len(self._swept_at) < 2 or self._swept_at[0] <= remount.late_at))
 
     def _addresses(self) -> dict[Labels, float]:
-        away: dict[Labels, float] = {(self._address,): 0}
-        for server in self._away:
+        own = (self._address, "true")
+        away: dict[Labels, float] = {own: 0}
+        for server, answered in self._away.items():
             address = _label(server.address)
-            away[(address,) if (address,) in away or len(away) < MAX_ADDRESSES else (OTHER,)] = 1
+            labels = (address, "true" if answered or address == self._address else "false")
+            away[labels if labels in away or len(away) < MAX_ADDRESSES else (OTHER, labels[1])] = 1
         return away
 
     def _longest(self, failing: Sequence[Volume]) -> dict[Labels, float]:
@@ -505,6 +517,10 @@ class Metrics:
             longest.pop(pod, None)
             longest[pod] = volume.failing_seconds
         return dict(list(longest.items())[-MAX_FAILING:])
+
+
+def _status(status: int) -> str:
+    return STATUSES.get(status) or f"{status // 100}xx"
 
 
 def _one(family: Family, value: float, *labels: str) -> tuple[Family, Values]:

@@ -167,7 +167,7 @@ class Watch:
                 advice,
                 extra={"vault": self.server.address},
             )
-            self._telemetry.record(BreakerChanged(self.server, open=True))
+            self._telemetry.record(BreakerChanged(self.server, True, self._heard_at > -math.inf))
             self._wake()
             for queue in self.queues:
                 queue.dismiss()
@@ -192,7 +192,7 @@ class Watch:
         self._look = None
         if away:
             _log.info("Vault is asked again", extra={"vault": self.server.address, "mounts_refused": refused})
-            self._telemetry.record(BreakerChanged(self.server, open=False))
+            self._telemetry.record(BreakerChanged(self.server, False, True))
         self._wake()
 
     def _wake(self) -> None:
