@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Final, Protocol
 
-from provider.errors import LoginDenied, ProviderError
-from provider.redact import Sensitive
+from provider.errors import KubernetesUnavailable, LoginDenied, ProviderError
+from provider.redact import Sensitive, one_line
 from provider.spc import MountSpec, Pod
 from provider.telemetry.events import LoggedIn, Telemetry
 from provider.vault import Auth, Vault
@@ -14,6 +14,9 @@ from provider.vault import Auth, Vault
 # docs/contract.md section 2: the audiences that the driver is commonly set up for, in this order, where a class
 # names none.
 DEFAULT_AUDIENCES = ("vault", "openbao")
+
+# Of the audiences that the driver sent tokens for, those that an error names.
+MAX_AUDIENCES_SHOWN: Final = 3
 
 
 class TokenSource(Protocol):
@@ -63,4 +66,13 @@ async def _service_account_token(spec: MountSpec, tokens: TokenSource) -> tuple[
         if audience in spec.tokens:
             return spec.tokens[audience], f'audience "{audience}", token from the driver'
     said = f'audience "{wanted}"' if wanted is not None else "the API server's own audience"
-    return await tokens.create_token(spec.pod, wanted), f"{said}, token from TokenRequest"
+    try:
+        return await tokens.create_token(spec.pod, wanted), f"{said}, token from TokenRequest"
+    except KubernetesUnavailable as error:
+        if not spec.tokens:
+            raise
+        sent = ", ".join(one_line(f'"{audience}"', 100) for audience in list(spec.tokens)[:MAX_AUDIENCES_SHOWN])
+        advice = (
+            f"the driver sent tokens for {sent} alone: name one of these as the class's audience, or {error.advice}"
+        )
+        raise type(error)(error.what, advice) from error

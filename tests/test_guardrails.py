@@ -259,6 +259,17 @@ def test_unknown_fields_can_be_errors_without_the_hardened_mode() -> None:
     assert 'unknown field "secretkey", did you mean secretKey? (rename it to secretKey, or remove it;' in fault
 
 
+def test_names_that_the_go_providers_ignore_refuse_no_class() -> None:
+    """A class with a field that never meant anything is mounted, hardened too; the log says what to remove."""
+    spec = Parser(dataclasses.replace(OPEN, unknown_fields_fail=True)).parse(
+        attributes(OBJECT + "  objectVersion: x\n", vaultCAPem="x"), "", "/t", "420"
+    )
+    assert list(spec.warnings) == [
+        'parameters: parameter "vaultCAPem" has no meaning: remove it',
+        'objects[0] (password): field "objectVersion" has no meaning: remove it',
+    ]
+
+
 @pytest.mark.parametrize("mode", ["0666", "0777", "0602", '"0002"', "438"])
 def test_a_world_writable_mode_is_told_in_the_bare_daemon(mode: str) -> None:
     """It is kept, since classes of the Go providers may have it, and warned of."""

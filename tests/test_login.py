@@ -233,6 +233,17 @@ class TestRefusals:
         assert 'check that auth mount kubernetes/ and Vault namespace "nowhere" exist' in told.value.advice
         assert "bound" not in told.value.advice
 
+    async def test_message_where_the_driver_sent_another_audience(
+        self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, bao: OpenBao, pod: KubePod
+    ) -> None:
+        """Where no token can be asked for, those that the driver sent are named: one of them may be what is meant."""
+        kube.deny("create", "serviceaccounts/token")
+        spec = spec_of(bao.address, pod, Login("kubernetes", "vault", "vault"), driver_tokens(kube, pod, "sts.example"))
+        with pytest.raises(KubernetesUnavailable) as told:
+            await log_in(servers, spec, kubernetes)
+        assert 'for audience "vault"' in told.value.what
+        assert told.value.advice.startswith('the driver sent tokens for "sts.example" alone: name one of these')
+
     async def test_expired_token(
         self, servers: VaultServers, kubernetes: Kubernetes, kube: KubeApi, bao: OpenBao, pod: KubePod
     ) -> None:

@@ -13,6 +13,9 @@ _T = TypeVar("_T")
 
 # Findings of one kind that are kept; a message holds 4 KiB, and a hostile class could have ten thousands.
 MAX_FINDINGS: Final = 100
+# Names that classes written for the Go providers may have, and that those ignore since their first release.
+# Source: https://github.com/hashicorp/vault-csi-provider/blob/main/CHANGELOG.md
+MEANINGLESS: Final = frozenset({"kubernetesServiceAccountPath", "objectVersion", "vaultCAPem"})
 # Longer names are no typing errors, and comparing one of a megabyte takes a hundred.
 _MAX_TYPO: Final = 64
 
@@ -76,7 +79,9 @@ class Findings:
         """Note each of ``names`` that is not ``known`` with the nearest known one: a fault if strict, or a warning."""
         kept = self._faults if self._strict else self._warnings
         for name in names:
-            if name not in known:
+            if name in MEANINGLESS:
+                self.warn(where, f"{kind} {show(name)} has no meaning: remove it")
+            elif name not in known:
                 # Comparing is what costs, so it is not done for what is only counted.
                 near = None if kept.full else nearest(name, known)
                 hint = f", did you mean {near}?" if near else ""
