@@ -137,6 +137,13 @@ def test_an_empty_secret_path_is_refused(text: str) -> None:
         secret_path(text)
 
 
+def test_a_url_is_no_secret_path() -> None:
+    """Who copies a browser's line is told which part of it is meant."""
+    with pytest.raises(Refused, match="is a URL") as refused:
+        secret_path("https://vault.shop:8200/v1/secret/data/app")
+    assert "write the path alone" in refused.value.remedy
+
+
 @pytest.mark.parametrize("text", ["a\nb", "a\0b", "a\x7f", "a\x9fb", "a?b=\r"])
 def test_a_control_character_in_a_secret_path_is_refused(text: str) -> None:
     """Nobody splits a request's line, in the query neither."""

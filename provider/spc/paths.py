@@ -65,6 +65,8 @@ def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """
     if _CONTROL.search(text):
         raise Refused("holds a control character", "remove it")
+    if text.startswith(("http://", "https://")):
+        raise Refused("is a URL", "write the path alone, for example secret/data/app; the server is vaultAddress")
     before, _, query = text.partition("?")
     path = _fold(before).removeprefix("/").removeprefix("v1/").rstrip("/")
     if not path:
