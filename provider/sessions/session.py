@@ -13,7 +13,6 @@ import functools
 import itertools
 import logging
 import math
-import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -22,26 +21,23 @@ from provider.clock import Clock
 from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
 from provider.sessions.holdings import Holdings
-from provider.sessions.lifetime import Lifetime, certificate_life, must_replace
+from provider.sessions.lifetime import certificate_life, must_replace
 from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import Snapshot
+from provider.sessions.upkeep import Upkeep
 from provider.spc import ObjectSpec, Pod, SecretRequest
 from provider.state import StateDir
 from provider.telemetry.events import (
     Issued,
     Kind,
-    Renewal,
-    Renewing,
-    Revocation,
-    Revoking,
     SessionView,
     Supply,
     Telemetry,
     Who,
 )
 from provider.turns import Turns
-from provider.vault import EngineMount, LeaseGone, Loans, NoRoom, RenewalRefused, Renewed, Room, Vault, VaultSecret
+from provider.vault import EngineMount, Loans, NoRoom, Room, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -55,12 +51,8 @@ ANSWER_SECONDS: Final = 300.0
 MAX_ROOM_TRIES: Final = 3
 # Reads of such a mount at one time: where the first few fill its room, Vault need not answer fifty.
 LARGE_AT_ONCE: Final = 8
-# One renewal or revocation: an unanswered one is tried again, so there is no use in waiting long.
-RENEWAL_SECONDS: Final = 30.0
 # The methods that kv gives a user's keys to.
 _READING: Final = frozenset({"GET", "LIST"})
-# A token without an end, at a Vault that never answers, is not worth a task for ever.
-REVOCATION_SECONDS: Final = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,39 +451,9 @@ class Session:
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
-                self._start(("revoke", id(old)), functools.partial(self._revoke_once, old, "superseded"))
+                self._start(("revoke", id(old)), functools.partial(self._upkeep().revoke_once, old, "superseded"))
         _log.info("logged in", extra=self._about() | {"accessor": auth.accessor, "ttl_seconds": auth.ttl})
         return token
-
-    async def _revoke_once(self, token: HeldToken, why: str) -> None:
-        """Try to; where Vault does not answer, the next login tries again, and so does the pod's end."""
-        try:
-            await self._revoke(token, why)
-        except RenewalRefused:
-            token.dead = True  # nobody can, so that it is left to expire
-        except (ProviderError, TimeoutError):
-            pass
-        else:
-            token.dead = True
-
-    async def _revoke(self, token: HeldToken, why: str) -> None:
-        began = self._clock.now()
-        outcome, reason = Revoking.REVOKED, ""
-        try:
-            async with asyncio.timeout(RENEWAL_SECONDS):
-                await self._vault.revoke_token(
-                    token.auth.token, self._soon(), may_lookup="default" in token.auth.policies
-                )
-        except RenewalRefused as refused:
-            outcome, reason = Revoking.REFUSED, str(refused)
-            raise
-        except (ProviderError, TimeoutError) as error:
-            outcome, reason = Revoking.UNANSWERED, str(error)
-            raise
-        finally:
-            self._around.telemetry.record(
-                Revocation(self._who(), token.auth.accessor, outcome, why, reason, self._clock.now() - began)
-            )
 
     # -- renewal ---------------------------------------------------------------------------------------------------
 
@@ -502,101 +464,15 @@ class Session:
     async def renew(self) -> None:
         """Renew what is due, tokens first: a lease lives at most as long as its token."""
         async with self.file.held():
+            upkeep = self._upkeep()
             tokens, _ = self._has.renewable()
             for token in tokens:
-                sure = "default" in token.auth.policies
-                await self._renew(token.life, token, self._vault.renew_token, sure=sure)
+                await upkeep.renew_token(token)
             _, leases = self._has.renewable()
-            await asyncio.gather(
-                *(
-                    self._renew(
-                        kept.life,
-                        kept.token,
-                        self._vault.renew_lease,
-                        kept.secret.lease_id,
-                        path=kept.request.path,
-                    )
-                    for kept in leases
-                )
-            )
+            await asyncio.gather(*map(upkeep.renew_lease, leases))
             for kept in leases:
                 if kept.life.ended or kept.token.life.ended:
                     self._warn_if_short(kept, self._has.longest_interval(kept))
-
-    async def _renew(
-        self,
-        life: Lifetime,
-        token: HeldToken,
-        ask: Callable[..., Coroutine[Any, Any, Renewed]],
-        *lease_id: str,
-        path: str = "auth/token",
-        sure: bool = True,
-    ) -> None:
-        """Renew one life. ``sure`` says that who is told it is gone can believe it: a 403 may be for want of policy."""
-        began = self._clock.now()
-        if life.renew_at > began:
-            return
-        ttl, reason, request_id = 0.0, "", ""
-        about = self._about() | {"path": path}
-        self._has.changed = True
-        try:
-            async with asyncio.timeout(RENEWAL_SECONDS):
-                renewed = await ask(token.auth.token, *lease_id, life.granted, self._soon())
-        except LeaseGone as gone:
-            outcome, reason = Renewing.GONE, str(gone)
-            if not sure:
-                life.refused()
-            elif lease_id or not await self._lives(token):
-                life.gone(self._clock.now())
-            elif life.expires_at - self._clock.now() > self._has.notice():
-                # The auth method may look at the pod's token again and not be able to just now: OpenBao's kubernetes
-                # method answers so while the API server is away. A re-mount could not log in either.
-                outcome = Renewing.UNANSWERED
-                life.unanswered(self._clock.now(), random.random())
-            else:
-                outcome = Renewing.REFUSED
-                life.refused()
-            if outcome is Renewing.UNANSWERED:
-                _log.warning("Vault renews the token not now, though it lives; trying again: %s", gone, extra=about)
-            else:
-                _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
-        except RenewalRefused as refused:
-            outcome, reason = Renewing.REFUSED, str(refused)
-            life.refused()
-            _log.info("not renewed any further: %s; the next re-mount brings a new one", refused, extra=about)
-        except (ProviderError, TimeoutError) as error:
-            outcome, reason = Renewing.UNANSWERED, str(error)
-            life.unanswered(self._clock.now(), random.random())
-            _log.warning("renewal unanswered, trying again: %s", error, extra=about)
-        except Exception:  # noqa: BLE001  # a bug must not leave it due for ever: the loop would do nothing else
-            outcome, reason = Renewing.UNANSWERED, "internal error"
-            life.unanswered(self._clock.now(), random.random())
-            _log.exception("renewal failed on a bug, trying again", extra=about)
-        else:
-            outcome, ttl, request_id = Renewing.RENEWED, renewed.ttl, renewed.request_id
-            self._has.renewed(life, began, ttl)
-            _log.debug("renewed", extra=about | {"ttl_seconds": ttl})
-        self._around.telemetry.record(
-            Renewal(
-                self._who(),
-                path,
-                token.auth.accessor,
-                "".join(lease_id),
-                outcome,
-                ttl,
-                self._clock.now() - began,
-                reason,
-                request_id,
-            )
-        )
-
-    async def _lives(self, token: HeldToken) -> bool:
-        """Whether Vault knows a token that it would not renew; where nobody can say, it is not given up."""
-        try:
-            async with asyncio.timeout(RENEWAL_SECONDS):
-                return await self._vault.token_lives(token.auth.token, self._soon())
-        except (ProviderError, TimeoutError):
-            return True
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -620,31 +496,8 @@ class Session:
         self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
         self._has.clear()
-        await asyncio.gather(*map(self._revoke_surely, self._has.tokens))
+        await asyncio.gather(*map(self._upkeep().revoke_surely, self._has.tokens))
         await self.file.remove()
-
-    async def _revoke_surely(self, token: HeldToken) -> None:
-        wait = 1.0
-        # Whoever has to revoke it by hand, after a restart too, has its name here alone.
-        about = self._about() | {"accessor": token.auth.accessor}
-        until = self._clock.now() + REVOCATION_SECONDS
-        while token.usable(self._clock.now()) and self._clock.now() < until:
-            try:
-                await self._around.revoking.take(self.identity.server)
-                try:
-                    await self._revoke(token, "pod gone")
-                finally:
-                    self._around.revoking.give(self.identity.server)
-            except RenewalRefused as refused:
-                _log.warning("a token cannot be revoked and is left to expire: %s", refused, extra=about)
-                return
-            except (ProviderError, TimeoutError) as error:
-                _log.warning("revocation failed, trying again: %s", error, extra=about)
-                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-                wait = min(60.0, wait * 2)
-            else:
-                token.dead = True
-                _log.info("revoked the token of a pod that is gone", extra=about)
 
     async def let_go(self) -> None:
         """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""
@@ -654,7 +507,7 @@ class Session:
         await self.file.remove()
         for token in self._has.tokens:
             if not token.bears_leases and token.usable(self._clock.now()):
-                await self._revoke_once(token, "no room")
+                await self._upkeep().revoke_once(token, "no room")
 
     async def close(self) -> None:
         """The process ends: nothing is revoked, and what is under way is abandoned."""
@@ -726,8 +579,12 @@ class Session:
             idle,
         )
 
-    def _soon(self) -> float:
-        return asyncio.get_running_loop().time() + RENEWAL_SECONDS
+    def _upkeep(self) -> Upkeep:
+        # Made for each use: kept, it and the session would hold each other.
+        around = self._around
+        return Upkeep(
+            self._vault, self._has, around.clock, around.telemetry, around.revoking, self._who(), self._about()
+        )
 
     def _who(self) -> Who:
         return Who(self.pod, self.identity.login, self.identity.server, self.class_name)
