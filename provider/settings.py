@@ -5,8 +5,8 @@ Pure: ``cli`` makes a Settings of flags and environment; everything else only re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 MIB: Final = 1024 * 1024
 
@@ -39,8 +39,7 @@ MAX_POD_OBJECTS: Final = 10_000
 MAX_POD_MIB: Final = 256
 
 
-@dataclass(frozen=True, slots=True)
-class TlsSettings:
+class TlsSettings(NamedTuple):
     """How to verify Vault, and how to prove ourselves to it. Paths are as the provider's container sees them.
 
     ``ca_root`` and ``client_root`` are where the CA files, or the client's certificate and key, have to lie once
@@ -51,10 +50,13 @@ class TlsSettings:
     ca_directory: str = ""
     server_name: str = ""
     client_cert: str = ""
-    client_key: str = field(default="", repr=False)
+    client_key: str = ""
     skip_verify: bool = False
     ca_root: str = ""
     client_root: str = ""
+
+
+_NO_TLS_SETTINGS: Final = TlsSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Settings:
     vault_addr: str = "https://127.0.0.1:8200"
     vault_mount: str = "kubernetes"
     vault_namespace: str = ""
-    tls: TlsSettings = TlsSettings()
+    tls: TlsSettings = _NO_TLS_SETTINGS
     vault_proxy_addr: str = ""
     max_connections: int = MAX_CONNECTIONS
     hmac_secret_name: str = "vault-csi-provider-hmac-key"  # noqa: S105  # a name

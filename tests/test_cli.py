@@ -410,8 +410,8 @@ def test_any_arguments_are_taken_or_a_told_fault(arguments: list[str]) -> None:
         (["--vault-mount=a\nb"], '--vault-mount cannot be "a\\u000ab": allowed: the path of an auth mount'),
         (["--vault-mount=a/../b"], "like kubernetes; this has an element . or .."),
         (["--vault-mount=/"], "like kubernetes; this is empty"),
-        (["--vault-tls-client-cert=/tls.crt"], "--vault-tls-client-key, or their variables, one is missing: give both"),
-        (["--vault-tls-client-key=/tls.key"], "--vault-tls-client-key, or their variables, one is missing: give both"),
+        (["--vault-tls-client-cert=/x"], "--vault-tls-client-cert cannot be without --vault-tls-client-key"),
+        (["--vault-tls-client-key=/x"], "--vault-tls-client-key cannot be without --vault-tls-client-cert"),
         (["--vault-namespace=a\nb"], 'cannot be "a\\u000ab": allowed: text without control characters'),
     ],
 )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -278,11 +277,11 @@ class TestWatch:
         await asyncio.sleep(0.1)
         with pytest.raises(VaultUnreachable, match=r".2 mounts refused."):
             await read(servers.get(at(faulty.address, "team")))
-        named = replace(at(faulty.address), tls=TlsSettings(server_name="other"))
+        named = at(faulty.address)._replace(tls=TlsSettings(server_name="other"))
         with pytest.raises(VaultUnreachable, match=r".3 mounts refused."):
             await read(servers.get(named))
-        secure = replace(named, address=faulty.address.replace("http:", "https:"))
-        for server in (secure, replace(secure, tls=TlsSettings(server_name="another"))):
+        secure = named._replace(address=faulty.address.replace("http:", "https:"))
+        for server in (secure, secure._replace(tls=TlsSettings(server_name="another"))):
             with pytest.raises(VaultUnreachable, match=r".1 mount refused."):
                 await read(servers.get(server))
 

@@ -225,7 +225,7 @@ class TestFilesUnderTheRoot:
         with pytest.raises(VaultUnavailable, match="would allow it") as told:
             make_context(tls)
         (value,) = re.findall(r"--tls-root=(\S+) would", told.value.what)
-        assert make_context(dataclasses.replace(tls, ca_root=value)).get_ca_certs()
+        assert make_context(tls._replace(ca_root=value)).get_ca_certs()
 
     def test_client_certificate_and_key_are_judged_too(self, tmp_path: Path) -> None:
         """A key outside of the root is not read, even where its certificate lies within."""
@@ -237,7 +237,7 @@ class TestFilesUnderTheRoot:
         tls = TlsSettings(client_cert=str(root / "cert.pem"), client_key=str(root / "key.pem"), client_root=str(root))
         with pytest.raises(VaultUnavailable, match="--tls-root"):
             make_context(tls)
-        assert isinstance(make_context(dataclasses.replace(tls, client_root="")), ssl.SSLContext)
+        assert isinstance(make_context(tls._replace(client_root="")), ssl.SSLContext)
 
     def test_a_sibling_of_the_root_is_not_within(self, tmp_path: Path, ca: bytes) -> None:
         """A directory whose name begins as the root's does is another one."""

@@ -215,7 +215,7 @@ class TestRefusals:
         """Where no audience was named, the message says whose audience was sent, and which namespace was asked."""
         bao.api("POST", "sys/namespaces/blue")
         spec = spec_of(bao.address, pod, Login("kubernetes", "vault", None), {})
-        spec = replace(spec, server=replace(spec.server, namespace="blue"))
+        spec = replace(spec, server=spec.server._replace(namespace="blue"))
         with pytest.raises(LoginDenied) as told:
             await log_in(servers, spec, kubernetes)
         message = str(told.value)
@@ -227,7 +227,7 @@ class TestRefusals:
     ) -> None:
         """What Vault has nothing at is not looked for in the role."""
         spec = spec_of(bao.address, pod, Login("kubernetes", "vault", "vault"), driver_tokens(kube, pod, "vault"))
-        spec = replace(spec, server=replace(spec.server, namespace="nowhere"))
+        spec = replace(spec, server=spec.server._replace(namespace="nowhere"))
         with pytest.raises(LoginDenied, match="Vault answered 404") as told:
             await log_in(servers, spec, kubernetes)
         assert 'check that auth mount kubernetes/ and Vault namespace "nowhere" exist' in told.value.advice

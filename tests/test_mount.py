@@ -424,7 +424,7 @@ class TestTokens:
     ) -> None:
         """A dead token costs one new login and one more try of each read; user and password match again."""
         spec = wanting(shop, USERNAME, PASSWORD, API_KEY, file("session", "ecommerce/data/user-service/config", None))
-        spec = replace(spec, login=replace(spec.login, role=role))
+        spec = replace(spec, login=spec.login._replace(role=role))
         before = await node.mount(spec)
         accessor = next(seen.accessor for seen in reversed(shop.openbao.requests(CONFIG)))
         shop.openbao.api("POST", "auth/token/revoke-accessor", {"accessor": accessor})
@@ -657,7 +657,7 @@ class TestErrors:
         faulty.on(LOGIN, Answer(cut=Cut.BEFORE), token("hvs.token-of-a-faulty-server"))
         faulty.on("x", secret({"k": "1"}))
         spec = wanting(shop, file("a", "x", "k"), file("b", SecretRequest("GET", "x", (("n", "1"),)), "k"))
-        spec = replace(spec, server=replace(spec.server, address=faulty.address))
+        spec = replace(spec, server=spec.server._replace(address=faulty.address))
         error = await node.failure(spec)
         assert error.code is Code.FAILED_PRECONDITION
         assert faulty.count(LOGIN) == 1

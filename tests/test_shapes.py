@@ -786,7 +786,7 @@ async def test_a_check_without_time_is_no_fault_of_the_class(monkeypatch: pytest
     """Where it cannot be told whether a template is one, the mount fails as one that is worth another try."""
     (spec,) = parse_class("- {objectName: o, secretPath: b, template: x}").objects
     made = Renderer(Telemetry())
-    monkeypatch.setattr(process, "WALL_SECONDS", 0.001)
+    monkeypatch.setattr(process, "WALL_SECONDS", 1e-6)
     try:
         with pytest.raises(BadSecret, match='object "o": its template: it did not end within'):
             await made.check([spec], "shop")

@@ -379,7 +379,7 @@ def test_a_tls_parameter_wins_over_the_operators(name: str, field: str) -> None:
     changed: dict[str, Any] = {field: "/mine"}
     text = attributes(**{f"vault{name}": "/mine"}, vaultAddress="https://mine:1")
     found = parse(text, settings=Settings(tls=OPERATORS_TLS)).server.tls
-    assert found == dataclasses.replace(OPERATORS_TLS, **changed)
+    assert found == OPERATORS_TLS._replace(**changed)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_who_names_a_ca_source_names_them_all(parameters: dict[str, str], file: 
     """A class that names a CA file or a directory is verified with that alone, not with the operator's other one, and
     so a stronger spelling over a weaker one."""
     found = parse(attributes(**parameters), settings=Settings(tls=OPERATORS_TLS)).server.tls
-    assert found == dataclasses.replace(OPERATORS_TLS, ca_cert=file, ca_directory=directory)
+    assert found == OPERATORS_TLS._replace(ca_cert=file, ca_directory=directory)
 
 
 def test_a_ca_source_that_is_dropped_is_told() -> None:

@@ -218,11 +218,11 @@ class TestClientCertificates:
         tls = TlsSettings(ca_cert=str(ca))
         with OpenBao(storage="inmem", certificate=servers_ca.server(), client_ca_pem=clients_ca.pem) as bao:
             health = "sys/health"
-            vault = servers.get(VaultServer(bao.address, "", replace(tls, client_cert=good[0], client_key=good[1])))
+            vault = servers.get(VaultServer(bao.address, "", tls._replace(client_cert=good[0], client_key=good[1])))
             deadline = asyncio.get_running_loop().time() + 20
             answer = await vault.read(SecretRequest("GET", health), Sensitive(bao.root_token), deadline)
             assert answer.response["initialized"] is True
-            for refused in (tls, replace(tls, client_cert=other[0], client_key=other[1])):
+            for refused in (tls, tls._replace(client_cert=other[0], client_key=other[1])):
                 # Under TLS 1.3 the alert comes after the handshake, and the end of the connection may overtake it.
                 with pytest.raises(VaultUnavailable, match=r"TLS with Vault at .*certificate|reset by peer"):
                     await read(servers, bao.address, refused, health)

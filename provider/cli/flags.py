@@ -476,9 +476,10 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], version: Callabl
         skip_verify=value["vault-tls-skip-verify"],
     )
     if bool(tls.client_cert) != bool(tls.client_key):
+        half, other = ("cert", "key") if tls.client_cert else ("key", "cert")
         raise InvalidSetting(
-            "of --vault-tls-client-cert and --vault-tls-client-key, or their variables, one is missing",
-            "give both, or neither",
+            f"--vault-tls-client-{half} cannot be without --vault-tls-client-{other}",
+            "give both or neither, by flags or their variables",
         )
     settings = Settings(
         endpoint=value["endpoint"],

@@ -27,20 +27,12 @@ LogIn = Callable[[float], Awaitable[Auth]]
 """Logs the pod in with what its mount brought along, within a deadline of the event loop's time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """*Who*: one session each. Tokens belong to one pod, so that its end can revoke all that it was given."""
 
     server: VaultServer
     login: Login
     pod_uid: str
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.server, self.login, self.pod_uid)))
-
-    def __hash__(self) -> int:
-        return self._hash
 
     @property
     def key(self) -> str:

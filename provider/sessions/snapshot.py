@@ -31,8 +31,8 @@ def dump(snapshot: Snapshot, clock: Clock) -> dict[str, Any]:
     tokens = snapshot.tokens
     return {
         "time": {"epoch": clock.epoch(), "now": clock.now(), "wall": clock.wall()},
-        "server": _fields(snapshot.identity.server) | {"tls": _fields(snapshot.identity.server.tls)},
-        "login": _fields(snapshot.identity.login),
+        "server": snapshot.identity.server._asdict() | {"tls": snapshot.identity.server.tls._asdict()},
+        "login": snapshot.identity.login._asdict(),
         "pod": _fields(snapshot.pod),
         "tokens": [
             {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -142,7 +142,7 @@ class AllowedAddresses:
         """``tls`` where a redirect leads: without the operator's client certificate unless a flag names that server."""
         if not tls.client_cert or tls.client_cert != self._client_cert or self.names(url):
             return tls
-        return replace(tls, client_cert="", client_key="")
+        return tls._replace(client_cert="", client_key="")
 
     def _one_of(self, patterns: tuple[AddressPattern, ...], url: str) -> bool:
         if url == self._own:

@@ -24,9 +24,8 @@ class Pod:
         return f"{self.namespace}/{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class VaultServer:
-    """*Where*: a Vault to talk to, in one of its namespaces.
+class VaultServer(NamedTuple):
+    """*Where*: a Vault to talk to, in one of its namespaces. A tuple, as what is looked up at each read.
 
     ``address`` is an ``http://``, ``https://`` or ``unix://`` URL without a trailing slash.
     """
@@ -34,18 +33,9 @@ class VaultServer:
     address: str
     namespace: str
     tls: TlsSettings
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # Looked up at each read.
-        object.__setattr__(self, "_hash", hash((self.address, self.namespace, self.tls)))
-
-    def __hash__(self) -> int:
-        return self._hash
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
+class Login(NamedTuple):
     """How a pod logs in: ``POST auth/<mount>/login`` with this role and a token for this audience.
 
     ``audience`` None means that the class names none (docs/contract.md section 2).
@@ -72,7 +62,7 @@ class SecretRequest(NamedTuple):
     ``path`` has no ``v1/`` and no leading slash, and is not percent-encoded. ``body`` is canonical JSON (sorted
     keys, compact), or None; it may hold a secret.
 
-    A tuple, since it is looked up a dozen times a read, and a tuple's hash and comparison are C.
+    A tuple: it is looked up a dozen times a read, and a tuple's hash and comparison are C.
     """
 
     method: str

@@ -7,7 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 from weakref import WeakValueDictionary
@@ -452,7 +452,7 @@ class VaultServers:
         """The transport that a redirect leads to: the same namespace and TLS settings elsewhere. Raises NotFollowed."""
         server = transport.server
         to = followed(location, server.address, path, self._allowed)
-        return self._transport(replace(server, address=to, tls=self._allowed.tls_at(to, server.tls)))
+        return self._transport(server._replace(address=to, tls=self._allowed.tls_at(to, server.tls)))
 
     def _connections_to(self, server: VaultServer) -> Connections:
         """The connections to the server, whatever the namespace, and whatever is below its place."""
@@ -476,7 +476,7 @@ class VaultServers:
         By how its TLS is verified too: who asks with a certificate that Vault refuses, or trusts another authority, may
         find nobody there while others do. All of them look in turn.
         """
-        vault = replace(server, namespace="", tls=tls_of(server))
+        vault = server._replace(namespace="", tls=tls_of(server))
         watch = self._watches.get(vault)
         if watch is None:
             watch = self._watches[vault] = Watch(
