@@ -190,7 +190,8 @@ class Mounter:
         shaped = [wanted for wanted in spec.objects if not wanted.plain]
         if shaped:
             await self._renderer.check(shaped, spec.pod.namespace)
-        reads, distinct = self._plan(spec.objects)
+        # The cache holds what it is asked by: of a large class that is more than the plan is worth.
+        reads, distinct = (plan if spec.large else self._plan)(spec.objects)
         key, fetching = self._version_key.known, self._sessions.fetch(spec, distinct, login, deadline, room)
         if key is not None:
             fetched = await fetching

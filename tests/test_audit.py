@@ -271,6 +271,12 @@ def test_issue_and_reissue(listener: Listener, again: bool, event: str) -> None:
     }
 
 
+def test_lease_id_that_is_no_unicode_is_told(listener: Listener) -> None:
+    """JSON can name half of a surrogate pair, which UTF-8 has not: what was issued is told all the same."""
+    issued = Issued(WHO, "x", Kind.LEASED, "accessor-1", "x\ud800", "request-1", 60.0, False, 0.1, lambda: [])
+    assert len(listener.one(issued)["lease_sha256"]) == 64
+
+
 @pytest.mark.parametrize("outcome", Renewing)
 def test_renewal(listener: Listener, outcome: Renewing) -> None:
     """A renewal is told with what became of it; Vault's words do not bring the lease's id in."""

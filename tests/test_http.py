@@ -167,8 +167,9 @@ class TestAnswers:
                 b"".join((b"HTTP/1.1 103 E\r\n", b"a:b\r\n" * (MAX_HEADERS + 1), b"\r\n", OK)),
                 f"more than {MAX_HEADERS} headers",
             ),
-            "empty lines": (b"\r\n" * MAX_FRAME_BYTES, "more frame than body"),
-            "one header": (HEAD + b"a: " + b"b" * MAX_FRAME_BYTES, "more frame than body"),
+            "empty lines": (b"\r\n" * MAX_FRAME_BYTES, "headers are larger than"),
+            "one header": (HEAD + b"a: " + b"b" * MAX_FRAME_BYTES, "headers are larger than"),
+            "large headers": (HEAD + (b"a: " + b"b" * 999 + b"\r\n") * 66 + b"\r\n", "headers are larger than"),
         }.values(),
         ids=lambda value: None if isinstance(value, bytes) else value,
     )

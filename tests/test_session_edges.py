@@ -325,6 +325,18 @@ async def test_stored_certificate_is_not_kept_where_its_engine_is_not_told() -> 
 
 
 @simulated
+async def test_what_a_pod_stored_in_its_cubbyhole_is_no_certificate() -> None:
+    """Any pod may store there what looks like one, and ask for it in ever other ways: it would be kept each time."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.kv["old/cubbyhole/app"] = {"certificate": "c", "serial_number": "1", "expiration": 4_000_000_000}
+        stage.vault.breaks("sys/internal", 403, "permission denied")
+        await node.mount(pod, wanted("c", "old/cubbyhole/app", "certificate"))
+        (session,) = node.sessions.all()
+        assert session.view(idle=False).leases == ()
+
+
+@simulated
 async def test_without_a_key_pods_that_are_gone_are_revoked() -> None:
     """With a state directory and no HMAC key nothing is kept on disk; what is in memory is swept all the same."""
     async with Stage() as stage:

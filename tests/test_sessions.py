@@ -1113,6 +1113,21 @@ async def test_cache_of_nothing_leaves_no_token() -> None:
 
 
 @simulated
+async def test_pod_with_most_sessions_is_let_go_first() -> None:
+    """A pod that mounts under ever other identities lets go of its own sessions, and of nobody else's."""
+    async with Stage() as stage:
+        node, victim, attacker = stage.node(cache_size=4), stage.pod("a"), stage.pod("b")
+        files = await node.mount(victim, *credential())
+        for number in range(20):
+            stage.vault.roles[f"role-{number}"] = Role()
+            await node.mount(attacker, STATIC, role=f"role-{number}")
+        await asyncio.sleep(1)
+        assert len(node.sessions.of_pod(attacker.uid)) == 3
+        assert await node.mount(victim, *credential()) == files
+        assert stage.vault.issued == 1
+
+
+@simulated
 async def test_least_recently_mounted_is_let_go() -> None:
     """Past ``cache_size`` the pod that mounted longest ago is let go, its token revoked; the others stay."""
     async with Stage() as stage:

@@ -206,7 +206,7 @@ def test_a_method_that_is_none_is_refused(text: str) -> None:
     assert "is not an HTTP method" in field_fault(f"method: {text}")
 
 
-@pytest.mark.parametrize("text", ["CONNECT", "trace", "Options"])
+@pytest.mark.parametrize("text", ["CONNECT", "trace", "Options", "head"])
 def test_a_method_that_reads_no_secret_is_refused(text: str) -> None:
     """CONNECT would open a tunnel through a proxy, and the others answer no secret: refused with what to write."""
     found = field_fault(f"method: {text}")

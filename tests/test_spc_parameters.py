@@ -330,6 +330,7 @@ def test_an_address_is_normalised(text: str, address: str) -> None:
         ("unix://", "names no socket"),
         ("unix:///", "names no socket"),
         ("https://vault.shop:0", "has the port 0"),
+        ("https://vault.shop/" + "a" * 2048, "has more than 2048 characters"),
     ],
 )
 def test_a_wrong_address_is_refused(text: str, problem: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 from typing import Any
 
@@ -368,7 +369,15 @@ def test_warnings_count_in_the_size_of_requests() -> None:
         parser, "- {objectName: a, secretPath: b}" + " " * (len(numbered(0)) - len("- {objectName: a, secretPath: b}"))
     )
     (_, warned), (_, plain) = parser._mounts._entries.values()
-    assert warned - plain == len(spec.warnings[0])
+    assert warned - plain == sys.getsizeof(spec.warnings[0])
+
+
+def test_a_class_that_is_large_in_memory_is_told_so() -> None:
+    """Whoever keeps something by its objects does without: one wide character has each of a text's take four bytes."""
+    parser, many = Parser(Settings()), 40 * 1024
+    specs = [mount(parser, f"- {{objectName: a, secretPath: {text * many}}}") for text in ("b", "\U0001f600")]
+    specs += [mount(parser, f"- {{objectName: a, secretPath: {text * many}}}") for text in ("b", "\U0001f600")]
+    assert [spec.large for spec in specs] == [False, True, False, True]
 
 
 def test_a_request_is_recalled_while_its_class_is_known() -> None:

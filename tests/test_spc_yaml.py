@@ -282,6 +282,13 @@ def test_text_is_counted_as_aliases_expand() -> None:
     assert "has more than 1048576 characters" in refusal(f"[&a [{half}, {half}], *a]")
 
 
+def test_text_is_counted_as_json_has_it() -> None:
+    """A control character takes six characters in a request's body, so that aliases of few of them are megabytes."""
+    anchored = '[&a "' + "\\x01" * 1000 + '", '
+    assert read(anchored + "*a," * 173 + "]")[0] is not None
+    assert "has more than 1048576 characters" in refusal(anchored + "*a," * 174 + "]")
+
+
 @pytest.mark.parametrize(("start", "end"), [("[", "]"), ("{a: ", "}")])
 def test_nesting_is_bounded(start: str, end: str) -> None:
     """MAX_YAML_DEPTH levels are read, and not one more."""

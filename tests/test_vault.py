@@ -598,6 +598,18 @@ class TestRetries:
             await read(vault)
         assert faulty.count("x") == 1
 
+    @pytest.mark.parametrize(("values", "quoted"), [(150, True), (250, False)])
+    async def test_words_in_which_too_much_would_have_to_be_hidden(
+        self, vault: Vault, faulty: Faulty, values: int, quoted: bool
+    ) -> None:
+        """Tens of thousands of values, each looked for, would hold the loop for seconds: nothing is quoted then."""
+        faulty.on("x", refusal(400, "that is not on"))
+        with pytest.raises(RequestRefused) as told:
+            await vault.read(
+                with_body("POST", "x", {"v": [f"value-{number}" for number in range(values)]}), TOKEN, within()
+            )
+        assert ("that is not on" in str(told.value)) == quoted
+
     @pytest.mark.parametrize("length", [10, 400, 1203, 60_000, 70_000])
     @pytest.mark.parametrize("between", ["", " ", "\n"])
     async def test_no_part_of_a_secret_is_quoted(self, vault: Vault, faulty: Faulty, length: int, between: str) -> None:

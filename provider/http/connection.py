@@ -17,9 +17,12 @@ MAX_INFORMATIONAL: Final = 10
 # more. Bodies in chunks of a byte, or chunks with long extensions, cost a hundred times the CPU of what they carry.
 # More than twice what one read of a socket brings, which is parsed as a whole.
 MAX_FRAME_BYTES: Final = 768 * 1024
+# Of headers alone, which are held for as long as the body takes: Go's servers send no more than a tenth of it.
+MAX_HEAD_BYTES: Final = 64 * 1024
 # Vault and the Kubernetes API send some twenty. Each is three objects of Python's, forty times the bytes it came in.
 MAX_HEADERS: Final = 256
 
+_LARGE_HEAD: Final = f"its headers are larger than {MAX_HEAD_BYTES // 1024} KiB"
 _DELIMITED: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -68,7 +71,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._failure: HttpFailure | None = None
         self._limit = 0
-        self._taken = 0
+        self._taken = self._head = 0
         self._informational = 0
         self._tunnel = self._headed = self._complete = self._reusable = False
         self._fault = ""
@@ -92,7 +95,7 @@ class Connection(asyncio.Protocol):
             raise ConnectFailed("the connection was closed")
         response = self._response = Response(self)
         self._tunnel, self._headed, self._complete, self._reusable = tunnel, False, False, False
-        self._taken = self._informational = 0
+        self._taken = self._informational = self._head = 0
         transport.write(request)
         await self._wait(response, limit)
         return response
@@ -159,6 +162,8 @@ class Connection(asyncio.Protocol):
         self._taken += len(data)
         if self._fault:
             self._fail(ExchangeBroken(self._fault))
+        elif not self._headed and self._taken > 2 * MAX_HEAD_BYTES:
+            self._fail(ExchangeBroken(_LARGE_HEAD))
         elif self._taken - len(response.body) > MAX_FRAME_BYTES:
             self._fail(ExchangeBroken("its answer has more frame than body"))
         elif self._complete:
@@ -196,10 +201,13 @@ class Connection(asyncio.Protocol):
         response = self._response
         if response is None or self._headed:
             return
-        if len(response.headers) < MAX_HEADERS:
-            response.headers.append((name, value))
-        else:
+        self._head += len(name) + len(value)
+        if len(response.headers) >= MAX_HEADERS:
             self._fault = f"it sent more than {MAX_HEADERS} headers"
+        elif self._head > MAX_HEAD_BYTES:
+            self._fault = _LARGE_HEAD
+        else:
+            response.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The headers are there."""

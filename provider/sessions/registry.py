@@ -247,13 +247,13 @@ class Sessions:
             self._hurry(session)
 
     def _shrink(self) -> None:
-        surplus = len(self._sessions) - self._settings.cache_size
-        if surplus <= 0:
-            return
-        for identity, session in list(self._sessions.items()):
-            if surplus and identity not in self._mounting:
-                surplus -= 1
-                self._finish(session, session.let_go())
+        while len(self._sessions) > self._settings.cache_size:
+            idle = [session for identity, session in self._sessions.items() if identity not in self._mounting]
+            if not idle:
+                return
+            # The least recently mounted one of the pod that has most: identities cost a tenant nothing.
+            most = max(idle, key=lambda session: len(self._by_pod[session.identity.pod_uid]))
+            self._finish(most, most.let_go())
 
     def _add(self, session: Session) -> Session:
         self._sessions[session.identity] = session

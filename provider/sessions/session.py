@@ -386,7 +386,8 @@ class Session:
         A user of ``kv`` may call keys as they like, and gets them by reading alone.
         """
         end = secret.certificate_end
-        if end is None:
+        # A pod may store anything in its own cubbyhole, which no policy keeps from it.
+        if end is None or "cubbyhole" in request.path.split("/"):
             return None
         if request.method in _READING:
             try:

@@ -16,8 +16,9 @@ from provider.spc.yaml_text import Sequence as List
 
 _T = TypeVar("_T")
 
-# A proxy on the way takes CONNECT and TRACE for itself, and a browser asks OPTIONS: none of them means a secret.
-_NO_METHODS: Final = frozenset({"CONNECT", "TRACE", "OPTIONS"})
+# A proxy on the way takes CONNECT and TRACE for itself, a browser asks OPTIONS, and HEAD has no body, which its answer
+# nevertheless has a length of: none of them means a secret.
+_NO_METHODS: Final = frozenset({"CONNECT", "TRACE", "OPTIONS", "HEAD"})
 
 
 class Entries:

@@ -216,7 +216,8 @@ class ObjectSpec:
 class MountSpec:
     """Everything that one Mount asks for. ``tokens`` are the pod's JWTs that the driver handed over, by audience.
 
-    ``warnings`` are sentences for the log: unknown fields and the like.
+    ``warnings`` are sentences for the log: unknown fields and the like. ``large`` says that the objects' texts take too
+    much memory to be kept in more places than with the class.
     """
 
     pod: Pod
@@ -227,3 +228,4 @@ class MountSpec:
     objects: tuple[ObjectSpec, ...]
     tokens: Mapping[str, Sensitive[str]] = field(default_factory=dict, repr=False)
     warnings: tuple[str, ...] = ()
+    large: bool = False

@@ -65,6 +65,8 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Of a host's name, and of what is between its dots.
 _MAX_NAME: Final = 253
 _MAX_LABEL: Final = 63
+# Of an address: no server's is longer.
+MAX_ADDRESS: Final = 2048
 _SCHEMES: Final = "write http://host:port, https://host:port or unix:///path/to/socket"
 
 
@@ -177,6 +179,8 @@ def _tokens_at(where: str, text: str, findings: Findings) -> dict[str, Sensitive
 
 def address(text: str) -> str:
     """A Vault address without a slash at its end, its scheme and host in lower case. Raises Refused."""
+    if len(text) > MAX_ADDRESS:
+        raise Refused(f"has more than {MAX_ADDRESS} characters", _SCHEMES)  # Python keeps each that it takes apart
     if re.search(r"[\x00-\x20\x7f-\xa0]", text):
         raise Refused("holds white space or a control character", _SCHEMES)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ _MAX_MOUNTS_SIZE: Final = 4 * 1024 * 1024
 _MAX_CACHED: Final = 256
 # Characters in them all together, roughly bytes.
 _MAX_CACHED_SIZE: Final = 8 * 1024 * 1024
-# Classes with faults whose faults are kept, and characters in them: kubelet mounts each again and again, and reading
+# Classes with faults whose faults are kept, and bytes of them: kubelet mounts each again and again, and reading
 # one takes up to a second. Apart from those above, so that no number of them lets go of a class that is right.
 _MAX_FAULTY: Final = 64
 _MAX_FAULTY_SIZE: Final = 1024 * 1024
 # What an ObjectSpec takes besides its texts.
 _OBJECT_SIZE: Final = 512
+# Bytes of a class of some hundred objects.
+_LARGE: Final = 128 * 1024
 
 # Characters, and attributes, of a request that is read at once where its class is at hand: ten times a usual one's.
 # What they can cost besides the class, a look for the nearest known name of each, is some milliseconds.
@@ -55,6 +58,7 @@ class _Class(NamedTuple):
     objects: tuple[ObjectSpec, ...]
     findings: Findings
     templates: tuple[ObjectSpec, ...]
+    large: bool
 
 
 class _Request(NamedTuple):
@@ -115,7 +119,7 @@ class Parser:
         if mount and known:
             # The very text was read before: it is JSON, and its tokens are.
             tokens = parameters.pod_tokens(json.loads(attributes), secrets, Findings())
-            return replace(mount.spec, objects=known.objects, tokens=tokens)
+            return replace(mount.spec, objects=known.objects, tokens=tokens, large=known.large)
         try:
             return self._parse(request, at_hand=True)
         except _NotAtHand:
@@ -157,22 +161,23 @@ class Parser:
         class_name = read.text(parameters.CLASS_NAME)
         spec = MountSpec(pod, class_name, request.target_path, server, login, (), warnings=findings.warnings)
         if quick:
-            self._mounts.keep(_digest(*request), _Mount(spec, class_key), sum(map(len, (*request, *spec.warnings))))
-        return replace(spec, objects=known.objects, tokens=tokens)
+            self._mounts.keep(_digest(*request), _Mount(spec, class_key), sum(map(_bytes, (*request, *spec.warnings))))
+        return replace(spec, objects=known.objects, tokens=tokens, large=known.large)
 
     def _parse_class(self, key: bytes, text: str, defaults: Defaults) -> _Class:
         findings = Findings(strict=self._settings.unknown_fields_are_faults)
         objects = parse_objects(text, defaults, findings)
-        told = sum(map(len, findings.warnings + findings.faults))
+        told = sum(map(_bytes, findings.warnings + findings.faults))
         if findings.faults:
             # Where names are at fault, a template would be told of names that it has.
             named = defaults.templates and not any(" sources" in fault for fault in findings.faults)
             templates = tuple(spec for spec in objects if named and spec.name and _is_template(spec))
-            parsed = _Class((), findings, templates)
+            parsed = _Class((), findings, templates, large=False)
             self._faulty.keep(key, parsed, told + sum(map(_size, templates)))
         else:
-            parsed = _Class(objects, findings, tuple(filter(_is_template, objects)))
-            self._good.keep(key, parsed, told + sum(map(_size, objects)))
+            size = sum(map(_size, objects))
+            parsed = _Class(objects, findings, tuple(filter(_is_template, objects)), large=size > _LARGE)
+            self._good.keep(key, parsed, told + size)
         return parsed
 
 
@@ -184,7 +189,7 @@ def _digest(*texts: str) -> bytes:
 
 
 class _Kept(Generic[_T]):
-    """What was asked for last, by its digest: at most ``most`` of it, and ``most_size`` characters."""
+    """What was asked for last, by its digest: at most ``most`` of it, and ``most_size`` bytes."""
 
     def __init__(self, most: int, most_size: int) -> None:
         self._most, self._most_size = most, most_size
@@ -216,20 +221,25 @@ def _is_template(spec: ObjectSpec) -> bool:
 
 
 def _size(spec: ObjectSpec) -> int:
-    size = _OBJECT_SIZE + len(spec.name) + sum(map(_source_size, spec.sources))
+    size = _OBJECT_SIZE + _bytes(spec.name) + sum(map(_source_size, spec.sources))
     match spec.shape:
         case SingleValue(key=key) | Pkcs12(password_key=key):
-            return size + len(key or "")
+            return size + _bytes(key or "")
         case AllKeys(includes, excludes):
-            return size + sum(map(len, includes + excludes))
+            return size + sum(map(_bytes, includes + excludes))
         case Template(text):
-            return size + len(text)
+            return size + _bytes(text)
         case _:
             return size
 
 
 def _source_size(source: Source) -> int:
     request = source.request
-    body = len(request.body.reveal()) if request.body else 0
-    query = sum(len(name) + len(value) for name, value in request.query)
-    return len(source.jmes_path or "") + len(request.path) + body + query
+    body = _bytes(request.body.reveal()) if request.body else 0
+    query = sum(_bytes(name) + _bytes(value) for name, value in request.query)
+    return _bytes(source.jmes_path or "") + _bytes(request.path) + body + query
+
+
+def _bytes(text: str) -> int:
+    """What a text takes in memory: one wide character makes each of its characters take four bytes."""
+    return sys.getsizeof(text)

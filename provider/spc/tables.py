@@ -53,10 +53,10 @@ _METHOD: Final = Field(
     {
         "type": ["string", "null"],
         "pattern": "^[A-Za-z]{0,32}$",
-        "not": {"enum": ["CONNECT", "TRACE", "OPTIONS", "connect", "trace", "options"]},
+        "not": {"enum": ["CONNECT", "TRACE", "OPTIONS", "HEAD", "connect", "trace", "options", "head"]},
     },
     "`GET`",
-    "HTTP method, but for `CONNECT`, `TRACE` and `OPTIONS`",
+    "HTTP method, but for `CONNECT`, `TRACE`, `OPTIONS` and `HEAD`",
 )
 _SECRET_ARGS: Final = Field("secretArgs", _ANY, "", "request body, any YAML; numbers and booleans stay what they are")
 

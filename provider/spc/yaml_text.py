@@ -17,8 +17,8 @@ import yaml
 from provider.settings import MAX_YAML_DEPTH, MAX_YAML_NODES
 from provider.spc.findings import Refused
 
-# Characters of all scalars after aliases are followed: a class in etcd (1.5 MiB at most) that is all text, nearly.
-# As JSON a character may take six bytes, so this bounds what one request body can grow to.
+# Characters of all scalars, as JSON has them, after aliases are followed: a class in etcd (1.5 MiB at most) that is all
+# text, nearly. This bounds what one request body can grow to.
 MAX_YAML_TEXT: Final = 1024 * 1024
 # The parser compares each %TAG directive with all before it; nobody writes more than one or two.
 _MAX_TAG_DIRECTIVES: Final = 16
@@ -227,12 +227,14 @@ class _Builder:
     def _scalar(self, event: Any) -> None:
         line = event.start_mark.line + 1
         text: str = event.value
-        self._count(1, len(text), line)
+        # A request's body is made of these as JSON, where a control character takes six.
+        chars = len(text) if text.isprintable() else len(json.dumps(text, ensure_ascii=False))
+        self._count(1, chars, line)
         # implicit[0]: written plain, so its type is told from its text.
         typed = event.implicit[0] if event.tag is None else _is_typed(event, line)
         scalar = Scalar(text, typed, line)
         if event.anchor:
-            self._anchors[event.anchor] = _Anchored(scalar, 1, len(text), 0)
+            self._anchors[event.anchor] = _Anchored(scalar, 1, chars, 0)
         self._add(scalar, 0)
 
     def _alias(self, event: Any) -> None:

@@ -309,7 +309,7 @@ def lease_sha256(lease_id: str) -> str:
 
     Whoever knows the id finds the lease by it; whoever does not is given nothing to revoke or to renew.
     """
-    return hashlib.sha256(lease_id.encode()).hexdigest() if lease_id else ""
+    return hashlib.sha256(lease_id.encode("utf-8", "surrogatepass")).hexdigest() if lease_id else ""
 
 
 class Telemetry:

@@ -41,6 +41,8 @@ MAX_WORDS: Final = 400
 # What is searched for texts that are to be hidden, which may be many: more than is shown. What may be the beginning of
 # one at its end is dropped.
 MAX_SEARCHED: Final = 64 * 1024
+# Of a request's own values, which are hidden one after the other: a class may have tens of thousands.
+MAX_HIDDEN: Final = 200
 # Shorter texts are hidden by nothing: they would be found within other words, and guessed as quickly.
 MIN_HIDDEN: Final = 6
 
@@ -182,7 +184,8 @@ class VaultAdapter:
         raise self._redirected(answer, f"set vaultAddress to the active node; {MAX_HOPS} redirects led here")
 
     def _redirected(self, answer: Answer, advice: str) -> VaultUnavailable:
-        target = self._quoted(answer.header("Location") or "elsewhere", 200)
+        # Not its query: it repeats the request's, which may hold a secret.
+        target = self._quoted((answer.header("Location") or "elsewhere").partition("?")[0], 200)
         return VaultUnavailable(
             f"Vault at {answer.address} redirects ({answer.status}) to {target}, where the token is not sent",
             self._quoted(advice, 400),
@@ -241,6 +244,8 @@ class VaultAdapter:
 
     def _quoted(self, text: str, limit: int) -> str:
         """What the server said as a part of one line, without what it must not repeat to others."""
+        if len(self._hidden) > MAX_HIDDEN:
+            return "not quoted, since too many values would have to be hidden in it"
         whole = len(text) <= MAX_SEARCHED
         text = text[:MAX_SEARCHED]
         hidden = {value.reveal() for value in self._hidden}

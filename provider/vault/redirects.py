@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 
 from provider.spc.addresses import AllowedAddresses, remedy
 from provider.spc.findings import Refused
-from provider.spc.parameters import address
+from provider.spc.parameters import MAX_ADDRESS, address
 
 # Those that keep the method and the body; Vault's standbys answer 307.
 FOLLOWED: Final = frozenset({307, 308})
@@ -28,6 +28,8 @@ def followed(location: str, sent_to: str, path: str, allowed: AllowedAddresses) 
 
     Raises NotFollowed.
     """
+    if len(location) > 2 * MAX_ADDRESS + len(path):
+        raise NotFollowed(f"{_ADVICE}; what it points to is no address of a Vault")
     try:
         target = urlsplit(urljoin(sent_to + path, location))
         found = _same_request(target.path, target.query, path)
