@@ -31,6 +31,8 @@ _SHAPED_LAYOUT: Final = "vault-csi-provider object version 2"
 ABSENT: Final = "absent"
 # Objects whose definitions are remembered: those of a node's 110 pods with ten objects each, several times over.
 MAX_DEFINITIONS: Final = 5000
+# Bytes of one that is remembered, ten times a usual one's: a request's body may have a megabyte.
+MAX_DEFINITION: Final = 2048
 
 _Fields: TypeAlias = "tuple[str | int | _Fields | None, ...]"
 
@@ -56,10 +58,11 @@ class Versions:
             return ""
         definition = self._definitions.get(spec)
         if definition is None:
-            if len(self._definitions) >= MAX_DEFINITIONS:
-                self._definitions.clear()
             definition = _definition(spec) if spec.plain else _shaped_definition(spec)
-            self._definitions[spec] = definition
+            if len(definition) <= MAX_DEFINITION:
+                if len(self._definitions) >= MAX_DEFINITIONS:
+                    self._definitions.clear()
+                self._definitions[spec] = definition
         return _version(key, definition, files[0][1]) if spec.plain else _shaped_version(key, definition, files)
 
 

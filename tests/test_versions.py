@@ -161,3 +161,7 @@ def test_definitions_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.of(KEY, spec, [("", b"")])
     assert len(written) == 4
     assert len(kept._definitions) == 2
+    large = changed(request=REQUEST._replace(body=Sensitive("x" * versions.MAX_DEFINITION)))
+    assert kept.of(KEY, large, [("", b"")]) == kept.of(KEY, large, [("", b"")])
+    assert len(written) == 6
+    assert len(kept._definitions) == 2
