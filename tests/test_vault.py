@@ -598,6 +598,13 @@ class TestRetries:
             await read(vault)
         assert faulty.count("x") == 1
 
+    async def test_no_part_of_a_query_is_quoted(self, vault: Vault, faulty: Faulty) -> None:
+        """A path's query may hold a secret, too, which Vault's words repeat."""
+        faulty.on("x", refusal(400, "no such thing as canary-of-a-query"))
+        with pytest.raises(RequestRefused, match="no such thing as") as told:
+            await vault.read(SecretRequest("GET", "x", (("key", "canary-of-a-query"),)), TOKEN, within())
+        assert "canary" not in str(told.value)
+
     @pytest.mark.parametrize(("values", "quoted"), [(150, True), (250, False)])
     async def test_words_in_which_too_much_would_have_to_be_hidden(
         self, vault: Vault, faulty: Faulty, values: int, quoted: bool

@@ -229,7 +229,7 @@ class Vault:
             deadline,
             mount=mount or mount_of(request.path),
             resend=resend,
-            hidden=_values(request.body) if request.body is not None else (),
+            hidden=_values(request) if request.body is not None or request.query else (),
             owner=self._owner_of(token),
             reads=True,
             of_mount=hash(token),
@@ -548,10 +548,10 @@ def _read_error(request: SecretRequest, refusal: Refusal) -> ProviderError:
     )
 
 
-def _values(body: Sensitive[str]) -> list[Sensitive[str]]:
-    """The texts and numbers of a request's body, any of which may be a secret."""
-    found: list[Sensitive[str]] = []
-    left: list[object] = [json.loads(body.reveal())]
+def _values(request: SecretRequest) -> list[Sensitive[str]]:
+    """The texts and numbers of a request's query and body, any of which may be a secret."""
+    found = [Sensitive(value) for _, value in request.query]
+    left: list[object] = [json.loads(request.body.reveal())] if request.body is not None else []
     while left:
         value = left.pop()
         if isinstance(value, dict):
