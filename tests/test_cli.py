@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider import __version__
-from provider.cli import flags, main
+from provider.cli import flags, main, readers
 from provider.errors import InvalidSetting
 from provider.notation import read_duration
 from provider.settings import Settings, TlsSettings
@@ -306,7 +306,7 @@ def test_health_can_be_off() -> None:
 )
 def test_listen_addresses(text: str, address: tuple[str, int] | None) -> None:
     """A listen address is host:port, :port for all interfaces, or nothing."""
-    assert flags.split_listen_address(text) == address
+    assert readers.split_listen_address(text) == address
 
 
 @pytest.mark.parametrize(

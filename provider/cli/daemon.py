@@ -20,7 +20,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Final, Literal
 
 from provider import __version__
-from provider.cli.flags import PROGRAM, parse, split_listen_address, unread
+from provider.cli.flags import PROGRAM, parse, unread
+from provider.cli.readers import split_listen_address
 from provider.errors import InvalidSetting, ProviderError
 from provider.redact import one_line
 from provider.settings import Settings
@@ -146,8 +147,8 @@ async def _run(settings: Settings, build: Build, told_to_stop: asyncio.Event) ->
             guardrails.tell(settings)
             for told in unread(os.environ):
                 _logger.warning("%s", told)
-            await asyncio.to_thread(guardrails.try_files, settings)
             await asyncio.to_thread(parts.preload)
+            await asyncio.to_thread(guardrails.try_files, settings)
             _settle_memory()
             collecting = asyncio.create_task(_collect_garbage())
             stack.callback(collecting.cancel)

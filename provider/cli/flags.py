@@ -12,20 +12,36 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
+from provider.cli.readers import (
+    duration,
+    number,
+    read_address,
+    read_audit_log,
+    read_auth_mount,
+    read_bool,
+    read_endpoint,
+    read_format,
+    read_level,
+    read_listen_address,
+    read_metrics_address,
+    read_percent,
+    read_pod_share,
+    read_root,
+    read_secret_name,
+    read_switch,
+    read_text,
+    read_vault_addresses,
+    split_listen_address,
+    word,
+)
 from provider.errors import InvalidSetting
 from provider.notation import BOOLEANS, read_duration
 from provider.redact import one_line
 from provider.settings import MAX_CONNECTIONS, MAX_POD_MIB, MAX_POD_MOUNTS, MAX_POD_OBJECTS, Settings, TlsSettings
-from provider.spc import parameters, paths
-from provider.spc.addresses import AddressPattern
-from provider.spc.findings import Refused
-from provider.telemetry import LEVELS
 
 PROGRAM: Final = "vault-csi-provider"
-
-_T = TypeVar("_T")
 
 # docs/contract.md section 1: kubelet gives a mount 2 minutes, and a mount has to end well before.
 MAX_MOUNT_SECONDS: Final = 110.0
@@ -35,13 +51,8 @@ MIN_MOUNT_SECONDS: Final = 0.1
 MAX_CACHE_SIZE: Final = 1_000_000
 # A thousand nodes of this many would be a million connections; a node's boot gains nothing from more.
 MOST_CONNECTIONS: Final = 1024
-# Far above what a node can do in a minute, so a larger number is a slip of the keyboard.
-MOST_POD_SHARE: Final = 10_000_000
 # More often, the API server would be asked for the pods of a node by each of them all the time.
 MIN_SWEEP_SECONDS: Final = 1.0
-
-# A Secret's name, as the Kubernetes API checks it.
-_SECRET_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 DEFAULT_HEALTH_ADDRESS: Final = ":8080"
 
@@ -100,156 +111,6 @@ class StatusQuery:
     style: str
 
 
-def read_text(text: str) -> str:
-    """Any text without control characters."""
-    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in text):
-        raise ValueError("text without control characters")
-    return text
-
-
-def read_bool(text: str) -> bool:
-    """A boolean as Go's strconv.ParseBool reads it."""
-    if text not in BOOLEANS:
-        raise ValueError(", ".join(BOOLEANS))
-    return BOOLEANS[text]
-
-
-def read_address(text: str) -> str:
-    """A Vault's address, as a class may name it."""
-    allowed = "a URL like https://vault.example:8200, http://127.0.0.1:8200 or unix:///run/vault.sock"
-    return _as_in_a_class(parameters.address, text, allowed)
-
-
-def _read_auth_mount(text: str) -> str:
-    return _as_in_a_class(paths.auth_mount, text, "the path of an auth mount, like kubernetes")
-
-
-def _as_in_a_class(read: Callable[[str], str], text: str, allowed: str) -> str:
-    try:
-        return read(text)
-    except Refused as refused:
-        raise ValueError(f"{allowed}; this {refused.problem}") from None
-
-
-def read_listen_address(text: str) -> str:
-    """``host:port``, ``:port`` for all interfaces, or nothing."""
-    split_listen_address(text)
-    return text
-
-
-def split_listen_address(text: str) -> tuple[str, int] | None:
-    """Host ("" for all interfaces) and port of a listen address; None for the empty one, which means off."""
-    if not text:
-        return None
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s/]*)):([0-9]{1,5})", text)
-    if found is None or not 1 <= int(found[3]) <= 65535:
-        raise ValueError('host:port, :port for all interfaces, or "" for none')
-    return found[1] or found[2] or "", int(found[3])
-
-
-def _read_metrics_address(text: str) -> str:
-    try:
-        return text if text == "off" else read_listen_address(text)
-    except ValueError:
-        raise ValueError('host:port, :port for all interfaces, off, or "" for the health address') from None
-
-
-def _read_audit_log(text: str) -> str:
-    if text not in ("off", "stderr") and not (text.startswith("/") and read_text(text) and not text.endswith("/")):
-        raise ValueError("off, stderr, or a file's path from /")
-    return text
-
-
-def _read_endpoint(text: str) -> str:
-    path = text.removeprefix("unix://")
-    if not path or path.endswith("/") or "://" in path or read_text(path) != path:
-        raise ValueError("the path of a Unix socket, with or without unix://")
-    return path
-
-
-def _word(meanings: Mapping[str, _T]) -> Callable[[str], _T]:
-    """Reads one of these words, as what it means."""
-
-    def read(text: str) -> _T:
-        if text not in meanings:
-            raise ValueError(", ".join(filter(None, meanings)))
-        return meanings[text]
-
-    return read
-
-
-def _number(least: int, most: int, of_least: str = "") -> Callable[[str], int]:
-    """Reads a whole number within these bounds; ``of_least`` says what the least stands for."""
-
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= most:
-            raise ValueError(f"a whole number from {least}{of_least} to {most}")
-        return int(text)
-
-    return read
-
-
-def _duration(least: float, most: float, allowed: str) -> Callable[[str], float]:
-    """Reads a duration within these bounds, in seconds."""
-
-    def read(text: str) -> float:
-        try:
-            seconds = read_duration(text)
-        except ValueError:
-            raise ValueError(allowed) from None
-        if not least <= seconds <= most:
-            raise ValueError(allowed)
-        return seconds
-
-    return read
-
-
-_format = _word({"json": "json", "text": "text"})
-_pod_share = _number(0, MOST_POD_SHARE, " (no limit)")
-
-
-def _read_level(text: str) -> str:
-    level = text.strip().lower()
-    if level not in LEVELS:
-        raise ValueError(", ".join(LEVELS))
-    return level
-
-
-def _read_secret_name(text: str) -> str:
-    if not _SECRET_NAME.fullmatch(text):
-        raise ValueError("a Secret's name: lower-case letters, digits, - and .")
-    return text
-
-
-def _read_switch(text: str) -> bool:
-    if text in ("on", "off"):
-        return text == "on"
-    try:
-        return read_bool(text)
-    except ValueError:
-        raise ValueError("on, off") from None
-
-
-def _read_vault_addresses(text: str) -> tuple[str, ...]:
-    patterns = tuple(part.strip(" ") for part in text.split(",")) if text else ()
-    for pattern in patterns:
-        AddressPattern.read(pattern)
-    return patterns
-
-
-def _read_root(text: str) -> str:
-    """A directory, from /; "" is none."""
-    if text and (not text.startswith("/") or ".." in text.split("/") or read_text(text) != text):
-        raise ValueError("a directory's path from /, without ..")
-    return text
-
-
-def _read_percent(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 <= float(text) <= 99:
-        raise ValueError("a number from 1 to 99")
-    return float(text)
-
-
 _SERVING, _VAULT, _GUARDRAILS, _CREDENTIALS, _KUBERNETES, _TELLING = (
     "Serving",
     "Vault or OpenBao",
@@ -262,23 +123,23 @@ _SERVING, _VAULT, _GUARDRAILS, _CREDENTIALS, _KUBERNETES, _TELLING = (
 FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _SERVING, "endpoint", "PATH", "/tmp/vault.sock",  # noqa: S108  # the Go provider's default
-        "Unix socket that the driver dials; unix:// in front is allowed.", _read_endpoint, empty_counts=True,
+        "Unix socket that the driver dials; unix:// in front is allowed.", read_endpoint, empty_counts=True,
     ),
     Flag(
         _SERVING, "mount-timeout", "DURATION", "60s",
         "Time that one mount may take, from 100ms to 110s; kubelet gives up after 2m.",
-        _duration(
+        duration(
             MIN_MOUNT_SECONDS, MAX_MOUNT_SECONDS, "a duration from 100ms to 110s, since kubelet gives up after 2m"
         ),
     ),
     Flag(
         _SERVING, "cache-size", "NUMBER", "1000",
         "Most sessions (a pod's token and leases) kept between mounts; 0 keeps none.",
-        _number(0, MAX_CACHE_SIZE, " (keep none)"),
+        number(0, MAX_CACHE_SIZE, " (keep none)"),
     ),
     Flag(
         _SERVING, "templates", "SWITCH", "on",
-        "Whether classes may have templates: on or off.", _read_switch,
+        "Whether classes may have templates: on or off.", read_switch,
     ),
     Flag(
         _VAULT, "vault-addr", "URL", "https://127.0.0.1:8200",
@@ -286,7 +147,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _VAULT, "vault-mount", "PATH", "kubernetes",
-        "Auth mount for classes that name none.", _read_auth_mount,
+        "Auth mount for classes that name none.", read_auth_mount,
     ),
     Flag(
         _VAULT, "vault-namespace", "NAME", "",
@@ -320,7 +181,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _VAULT, "max-connections", "NUMBER", str(MAX_CONNECTIONS),
-        "Most connections to one server, for each TLS setting, 1 to 1024.", _number(1, MOST_CONNECTIONS),
+        "Most connections to one server, for each TLS setting, 1 to 1024.", number(1, MOST_CONNECTIONS),
     ),
     Flag(
         _GUARDRAILS, "hardened", "", "false",
@@ -330,7 +191,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _GUARDRAILS, "allowed-vault-addresses", "LIST", "",
         "URLs and hosts (*.example.com) that classes and redirects may name. Empty: any; hardened: --vault-addr alone.",
-        _read_vault_addresses,
+        read_vault_addresses,
     ),
     Flag(
         _GUARDRAILS, "allow-skip-tls-verify", "", "",
@@ -339,30 +200,30 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _GUARDRAILS, "tls-root", "DIRECTORY", "",
         "Where the CA, certificate and key files lie that a class may name. Empty: anywhere; hardened: nowhere.",
-        _read_root,
+        read_root,
     ),
     Flag(
         _GUARDRAILS, "unknown-fields", "HOW", "",
         "What a field that nobody knows is in a class: warn or error. Unset: warn; hardened: error.",
-        _word({"": None, "warn": False, "error": True}),
+        word({"": None, "warn": False, "error": True}),
     ),
     Flag(
         _GUARDRAILS, "max-pod-mounts", "NUMBER", str(MAX_POD_MOUNTS),
-        "Most mounts of one pod in a minute; 0 for no limit.", _pod_share,
+        "Most mounts of one pod in a minute; 0 for no limit.", read_pod_share,
     ),
     Flag(
         _GUARDRAILS, "max-pod-objects", "NUMBER", str(MAX_POD_OBJECTS),
         "Most objects of one pod's mounts in a minute, each source of a template counted; 0 for no limit.",
-        _pod_share,
+        read_pod_share,
     ),
     Flag(
         _GUARDRAILS, "max-pod-mib", "NUMBER", str(MAX_POD_MIB),
-        "Most MiB of one pod's files in a minute; 0 for no limit.", _pod_share,
+        "Most MiB of one pod's files in a minute; 0 for no limit.", read_pod_share,
     ),
     Flag(
         _CREDENTIALS, "renew-percent", "NUMBER", "67",
         "Percent of what remains of a life after which a token or lease is renewed, or a certificate issued anew.",
-        _read_percent,
+        read_percent,
     ),
     Flag(
         _CREDENTIALS, "refresh-after", "DURATION", "0",
@@ -371,7 +232,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _CREDENTIALS, "share-reads", "SWITCH", "on",
-        "Whether pods that Vault cannot tell apart share a read of a KV secret in flight: on or off.", _read_switch,
+        "Whether pods that Vault cannot tell apart share a read of a KV secret in flight: on or off.", read_switch,
     ),
     Flag(
         _CREDENTIALS, "state-dir", "DIRECTORY", "",
@@ -380,12 +241,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag(
         _CREDENTIALS, "revoke", "WHEN", "pod-end",
         "When a pod's tokens, and so its credentials, are revoked: pod-end or never.",
-        _word({"pod-end": True, "never": False}),
+        word({"pod-end": True, "never": False}),
     ),
     Flag(
         _CREDENTIALS, "sweep-interval", "DURATION", "60s",
         "Time between two looks for pods that are gone, 1s or more.",
-        _duration(MIN_SWEEP_SECONDS, math.inf, "a duration of 1s or more"),
+        duration(MIN_SWEEP_SECONDS, math.inf, "a duration of 1s or more"),
     ),
     Flag(
         _KUBERNETES, "node-name", "NAME", "",
@@ -397,7 +258,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _KUBERNETES, "hmac-secret-name", "NAME", "vault-csi-provider-hmac-key",
-        "Secret in the provider's namespace whose key signs object versions.", _read_secret_name,
+        "Secret in the provider's namespace whose key signs object versions.", read_secret_name,
     ),
     Flag(
         _KUBERNETES, "hmac-key-file", "FILE", "",
@@ -405,12 +266,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _TELLING, "log-level", "LEVEL", "info",
-        "Least level that is logged: trace, debug, info, warn, error, off.", _read_level,
+        "Least level that is logged: trace, debug, info, warn, error, off.", read_level,
     ),
     Flag(_TELLING, "debug", "", "false", "The same as --log-level=debug.", read_bool),
     Flag(
         _TELLING, "log-format", "FORMAT", "json",
-        "One line of json an event, or text for people.", _format,
+        "One line of json an event, or text for people.", read_format,
     ),
     Flag(
         _TELLING, "health-addr", "ADDRESS", DEFAULT_HEALTH_ADDRESS,
@@ -418,16 +279,16 @@ FLAGS: Final[tuple[Flag, ...]] = (
     ),
     Flag(
         _TELLING, "metrics-addr", "ADDRESS", "",
-        "host:port of /metrics; empty: on the health address; off: none.", _read_metrics_address,
+        "host:port of /metrics; empty: on the health address; off: none.", read_metrics_address,
     ),
     Flag(
         _TELLING, "audit-log", "WHERE", "off",
-        "Who got which secret when, a line of JSON each: off, stderr, or a file's path.", _read_audit_log,
+        "Who got which secret when, a line of JSON each: off, stderr, or a file's path.", read_audit_log,
     ),
     Flag(_TELLING, "version", "", "false", "Print the version and exit.", read_bool),
     Flag(
         _TELLING, "output", "FORMAT", "text", "How --version and the status command print: text or json.",
-        _format,
+        read_format,
     ),
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ _MAX_MOUNTS: Final = 512
 _MAX_MOUNTS_SIZE: Final = 4 * 1024 * 1024
 # Classes whose objects are kept parsed: more than a node has, and each a few KiB.
 _MAX_CACHED: Final = 256
-# Characters in them all together, roughly bytes.
+# Bytes of their texts, all together.
 _MAX_CACHED_SIZE: Final = 8 * 1024 * 1024
 # Classes with faults whose faults are kept, and bytes of them: kubelet mounts each again and again, and reading
 # one takes up to a second. Apart from those above, so that no number of them lets go of a class that is right.
