@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from provider.http import HttpFailure, Lookups, Origin, Pool, TlsFailed
 from provider.kube.config import ApiConfig
-from provider.kube.failures import ApiFailure
+from provider.kube.failures import AnswerTooLarge, ApiFailure
 from provider.kube.pods import MAX_LIST_BYTES, METADATA_LIST, NodePods, parse
 from provider.redact import one_line
 
@@ -106,12 +106,14 @@ class Api:
         """The pods of a namespace ("": of all) that a field selector chooses, by their metadata alone.
 
         ``cached`` allows what the API server has in memory, which may be seconds old and costs its database nothing.
+        A listing above MAX_LIST_BYTES is not complete.
         """
         path = f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
         query = {"fieldSelector": selector} | ({"resourceVersion": "0"} if cached else {})
-        body = await self._call("GET", path, query=query, accept=METADATA_LIST, limit=MAX_LIST_BYTES)
         try:
-            return parse(body)
+            return parse(await self._call("GET", path, query=query, accept=METADATA_LIST, limit=MAX_LIST_BYTES))
+        except AnswerTooLarge:
+            return NodePods(frozenset(), frozenset(), complete=False)
         except ValueError as error:
             raise ApiFailure(200, "", "its answer is not the Kubernetes API's list of pods") from error
 
@@ -155,7 +157,7 @@ class Api:
             else:
                 if 200 <= status < 300:
                     if len(answer) > limit:
-                        raise ApiFailure(status, "", f"the answer is larger than {limit // 2**20} MiB")
+                        raise AnswerTooLarge(status, "", f"the answer is larger than {limit // 2**20} MiB")
                     return answer
                 if status == HTTPStatus.UNAUTHORIZED and self._from_file is not None and not renewed:
                     # docs/contract.md section 4: kubelet rotates the file.

@@ -17,5 +17,9 @@ class ApiFailure(Exception):
         self.reason = reason
 
 
+class AnswerTooLarge(ApiFailure):
+    """An answer that is larger than its limit, and was not read to its end."""
+
+
 class NotConfigured(Exception):
     """There is no usable configuration; the message says why and holds no credential."""

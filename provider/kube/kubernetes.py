@@ -125,8 +125,8 @@ class Kubernetes:
         _check_names(subject, node_name)
         return await self._list_pods(subject, "", f"spec.nodeName={node_name}", cached=True)
 
-    async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
-        """Whether this very pod exists and has not finished, not from a cache.
+    async def pod_lives(self, namespace: str, name: str, uid: str | None) -> bool:
+        """Whether this very pod exists and has not finished, not from a cache; ``uid`` None is any of this name.
 
         It takes no right but to list pods. Raises KubernetesDenied as ``list_pods`` does.
         """
@@ -134,7 +134,7 @@ class Kubernetes:
         _check_names(subject, namespace, name)
         found = await self._list_pods(subject, namespace, f"metadata.name={name}", cached=False)
         # Cut short, it proves nothing.
-        return uid in found.uids or not found.complete
+        return (bool(found.uids) if uid is None else uid in found.uids) or not found.complete
 
     async def _list_pods(self, subject: str, namespace: str, selector: str, *, cached: bool) -> NodePods:
         try:

@@ -9,7 +9,7 @@ from typing import Any, Final
 # How to ask for it. Whole pods would be several times as much, and their environment may hold secrets.
 METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 # A node has 110 pods by default and few have 500, with 2 to 8 KiB of metadata each. Decoded, this much fits into
-# the manifests' memory limit.
+# the manifests' memory limit. A pod may have 256 KiB of annotations, so 33 pods can exceed it.
 MAX_LIST_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -17,7 +17,7 @@ MAX_LIST_BYTES: Final = 8 * 1024 * 1024
 class NodePods:
     """The pods of a listing: their UIDs, and their names as (namespace, name).
 
-    Where ``complete`` is False the listing was cut short, so that a pod which it lacks may well exist.
+    Where ``complete`` is False the listing was cut short, or too large to be read: a pod which it lacks may well exist.
     """
 
     uids: frozenset[str]

@@ -27,8 +27,8 @@ class PodSource(Protocol):
         """The pods of a node that have not finished, from the API server's cache."""
         ...
 
-    async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
-        """Whether this very pod exists and has not finished, not from a cache."""
+    async def pod_lives(self, namespace: str, name: str, uid: str | None) -> bool:
+        """Whether this very pod exists and has not finished, not from a cache; ``uid`` None is any of this name."""
         ...
 
 
@@ -43,6 +43,8 @@ class Sweeper:
         self._settings = settings
         self._clock = clock
         self._telemetry = telemetry
+        own = (settings.pod_namespace, settings.pod_name)
+        self._own = own if all(own) else None
         self._absent: dict[str, float] = {}
         self._said = ""
 
@@ -65,6 +67,8 @@ class Sweeper:
         began = self._clock.now()
         try:
             listed = await self._pods.list_pods(self._settings.node_name)
+            if not listed.complete:
+                listed = await self._asked_by_name()
         except KubernetesDenied as error:
             self._cannot(str(error))
             return
@@ -73,11 +77,9 @@ class Sweeper:
             _log.warning("this sweep revokes nothing: %s", error)
             self._telemetry.record(Swept(str(error), 0))
             return
-        own = (self._settings.pod_namespace, self._settings.pod_name)
-        if not listed.complete or (all(own) and own not in listed.names):
+        if self._own is not None and self._own not in listed.names:
             self._absent.clear()
-            fault = "was cut short" if not listed.complete else "lacks this daemon's own pod; is --node-name right?"
-            why = f"the listing of node {self._settings.node_name} {fault}"
+            why = f"the listing of node {self._settings.node_name} lacks this daemon's own pod; is --node-name right?"
             _log.warning("this sweep revokes nothing: %s", why)
             self._telemetry.record(Swept(why, 0))
             return
@@ -100,6 +102,22 @@ class Sweeper:
             else:
                 self._absent[uid] = since
         self._telemetry.record(Swept("", gone))
+
+    async def _asked_by_name(self) -> NodePods:
+        """Those pods that matter here, each asked for by its name, where the node's listing is not whole.
+
+        Any tenant can make it too large, by pods with much metadata. A look by name costs the API server one key.
+        """
+        _log.debug("the listing of node %s is not whole: each pod is asked for by name", self._settings.node_name)
+        living = set()
+        names = set()
+        if self._own is not None and await self._pods.pod_lives(*self._own, None):
+            names.add(self._own)
+        for pod in {session.pod.uid: session.pod for session in self._sessions.all()}.values():
+            if await self._pods.pod_lives(pod.namespace, pod.name, pod.uid):
+                living.add(pod.uid)
+                names.add((pod.namespace, pod.name))
+        return NodePods(frozenset(living), frozenset(names), complete=True)
 
     async def _confirmed(self, namespace: str, name: str, uid: str) -> bool:
         try:

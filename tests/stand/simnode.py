@@ -76,7 +76,9 @@ class Cluster:
         names = frozenset((pod.namespace, pod.name) for pod in cached)
         return NodePods(frozenset(pod.uid for pod in cached), names, self.complete)
 
-    async def pod_lives(self, namespace: str, name: str, uid: str) -> bool:
+    async def pod_lives(self, namespace: str, name: str, uid: str | None) -> bool:
+        if uid is None:
+            return any((pod.namespace, pod.name) == (namespace, name) for pod in self.pods.values())
         self.confirmed.append(uid)
         self.before_confirming()
         if self.failure is not None:
