@@ -10,6 +10,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -17,10 +18,11 @@ from provider.clock import SystemClock
 from provider.errors import Code, MountFailed, ProviderError
 from provider.redact import Sensitive
 from provider.settings import TlsSettings
-from provider.spc import SecretRequest, VaultServer
+from provider.spc import ObjectSpec, Pod, SecretRequest, VaultServer
 from provider.vault import Memory, NoRoom, Room, VaultSecret, VaultServers, adapter, memory, transport
 from provider.vault.memory import (
     ALL_SMALL_ANSWERS_BYTES,
+    KEPT_BYTES,
     LARGE_MOUNTS,
     LEASED_BYTES,
     MAX_ANSWERS_BYTES,
@@ -346,6 +348,52 @@ async def test_what_volumes_remember_is_bounded() -> None:
         for name in ("one", "two"):
             await node.mount(pod, wanted("a", "secret/data/app", "password"), volume=name)
         assert (loans.free, loans._lent) == (30_000, {})
+
+
+def certificate(number: int) -> ObjectSpec:
+    """One of its own for each number: another request is another credential."""
+    return wanted("certificate", "pki/issue/web", "certificate", method="POST", body=f'{{"number": {number}}}')
+
+
+@simulated
+async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ever other requests, in mounts that never succeed, fill no node: nor do they take another namespace's memory."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", 40_000)
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        loans = node.sessions._memory.kept
+        for number in range(40):
+            with pytest.raises(MountFailed):
+                await node.mount(pod, certificate(number), wanted("none", "secret/data/none"))
+        with pytest.raises(MountFailed, match="the credentials of namespace shop take all the memory"):
+            await node.mount(pod, certificate(40))
+        assert 20_000 <= loans.free < 25_000
+        other = Pod("bank", "b", "uid-of-b", "bank")
+        stage.cluster.pods[other.uid] = other
+        assert await node.mount(other, *credential()) == await node.mount(other, *credential())
+        stage.remove(pod)
+        stage.remove(other)
+        await asyncio.sleep(300)
+        assert (loans.free, loans._lent) == (40_000, {})
+
+
+@simulated
+async def test_what_another_process_kept_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart changes nothing of it; where it has come to be too much, the rest is let go, and the log says so."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True), stage.pod("a")
+        await node.mount(pod, *(replace(certificate(number), name=f"file-{number}") for number in range(10)))
+        before = KEPT_BYTES - node.sessions._memory.kept.free
+        await stage.killed(node)
+        for size in (KEPT_BYTES, before):
+            monkeypatch.setattr(memory, "KEPT_BYTES", size)
+            node = stage.node(kept=True)
+            await asyncio.sleep(60)
+            (session,) = node.sessions.views()
+            assert len(session.leases) == (10 if size == KEPT_BYTES else 5)
+            taken = size - node.sessions._memory.kept.free
+            assert taken == pytest.approx(before if size == KEPT_BYTES else before / 2, rel=0.1)
+            await stage.killed(node)
 
 
 @pytest.mark.usefixtures("little")

@@ -33,7 +33,7 @@ from provider.spc.expressions import MAX_REGEXES
 from provider.spc.shapes import MAX_SOURCES
 from provider.telemetry.log import Log
 from provider.vault.connections import MAX_SHARED_CONNECTIONS
-from provider.vault.memory import REMEMBERED_BYTES
+from provider.vault.memory import KEPT_BYTES, REMEMBERED_BYTES
 from tests.spc_classes import GIVEN
 from tests.tools import ROOT, kubectl
 
@@ -329,6 +329,7 @@ def test_limits_are_the_codes() -> None:
         "connections to all Vaults but the daemon's own": str(MAX_SHARED_CONNECTIONS),
         "Vault servers whose idle connections are kept": str(MAX_POOLS),
         "answers that are remembered under `refreshAfter`, of all volumes": f"{REMEMBERED_BYTES // MIB} MiB",
+        "credentials that are kept, of all pods": f"{KEPT_BYTES // MIB} MiB",
         "mounts, objects and MiB of one pod in a minute": (
             f"{settings.max_pod_mounts}, {settings.max_pod_objects:,} and {settings.max_pod_mib}"
         ),

@@ -5,6 +5,7 @@ Times are the clock's, in seconds.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -20,6 +21,8 @@ from provider.spc import SecretRequest
 from provider.telemetry.events import Kind, LeaseView, Supply
 from provider.vault import Held, VaultSecret
 
+_log = logging.getLogger(__name__)
+
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
 MAX_STATIC: Final = 4 * MAX_OBJECTS
 
@@ -27,10 +30,17 @@ MAX_STATIC: Final = 4 * MAX_OBJECTS
 class Holdings:
     """Tokens, the newest last; credentials that are kept; and volumes, by target path, that ask for them.
 
-    ``hold`` lends so many bytes for what volumes remember, where there are so many.
+    ``remember`` lends so many bytes for what volumes remember, and ``keep`` for what is kept, where there are so many.
     """
 
-    def __init__(self, clock: Clock, renew_percent: float, hold: Callable[[int], Held | None]) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        renew_percent: float,
+        *,
+        remember: Callable[[int], Held | None],
+        keep: Callable[[int], Held | None],
+    ) -> None:
         self.tokens: list[HeldToken] = []
         self.kept: dict[SecretRequest, Kept] = {}
         self.changed = False
@@ -41,7 +51,8 @@ class Holdings:
         self._static: set[SecretRequest] = set()
         # Requests whose last answer on a mount of its own was a certificate.
         self._fresh_certificates: set[SecretRequest] = set()
-        self._hold = hold
+        self._lend_to_remember = remember
+        self._lend_to_keep = keep
         self._clock = clock
         self._percent = renew_percent
         # Where this session's renewals lie within the jitter. One for all: a token and a lease of one age are renewed
@@ -140,6 +151,15 @@ class Holdings:
         if self.kept.pop(request, None) is not None:
             self.changed = True
 
+    def keep(self, kept: Kept) -> bool:
+        """Keep it in the place of what was kept for its request; False where it would take too much memory."""
+        kept.held = self._lend_to_keep(kept.size)
+        if kept.held is None:
+            return False
+        self.kept[kept.request] = kept
+        self.changed = True
+        return True
+
     def made_of(self, volume: str, answers: Answers) -> object:
         """What the last mount of ``volume`` made of these very answers; None where any of them is another."""
         shown = self._volumes.get(volume)
@@ -179,7 +199,7 @@ class Holdings:
         # Given back before it is asked for anew.
         shown.held = None
         if shown.answers:
-            shown.held = self._hold(sum([secret.size for secret, _ in shown.answers.values()]))
+            shown.held = self._lend_to_remember(sum([secret.size for secret, _ in shown.answers.values()]))
             if shown.held is None:
                 shown.answers, lasting = {}, False  # read once more by the next mount
         # What is read each time is another answer each time, and its files are held no longer than their mount.
@@ -272,7 +292,17 @@ class Holdings:
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Take over what a file holds."""
-        self.tokens, self.kept = merge(self.tokens, self.kept, snapshot)
+        self.tokens, merged = merge(self.tokens, self.kept, snapshot)
+        before, self.kept = self.kept, {}
+        for request, kept in merged.items():
+            if before.get(request) is kept:
+                self.kept[request] = kept
+            elif not self.keep(kept):
+                _log.warning(
+                    "a credential is let go, and left to end: those of namespace %s take all the memory that there is",
+                    snapshot.pod.namespace,
+                    extra={"pod": str(snapshot.pod), "path": request.path},
+                )
 
     def leases(self, *, idle: bool) -> tuple[LeaseView, ...]:
         """Each credential that is kept and lives, for people and for metrics; ``idle``, none is renewed."""

@@ -22,6 +22,8 @@ DEFAULT_INTERVAL_SECONDS: Final = 210.0
 REMEMBERED_GAPS: Final = 3
 # What comes sooner after a mount that succeeded is a retry of kubelet's, which has not seen the answer.
 RETRY_SECONDS: Final = 30.0
+# What a credential that is kept takes besides the texts of its request and of its answer.
+KEPT_OVERHEAD_BYTES: Final = 1024
 
 LogIn = Callable[[float], Awaitable[Auth]]
 """Logs the pod in with what its mount brought along, within a deadline of the event loop's time."""
@@ -124,6 +126,16 @@ class Kept:
     life: Lifetime
     token: HeldToken
     volumes: set[str]
+    held: Held | None = field(default=None, repr=False, compare=False)
+    """What it takes in memory, while it does."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes in memory."""
+        request = self.request
+        query = sum([len(name) + len(value) for name, value in request.query])
+        body = len(request.body.reveal()) if request.body is not None else 0
+        return self.secret.size + len(request.path) + query + body + KEPT_OVERHEAD_BYTES
 
     def lives(self, now: float) -> bool:
         """Whether Vault still holds it: a lease dies with its token, or the last use of it, a certificate does not."""

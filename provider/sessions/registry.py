@@ -73,7 +73,7 @@ class Sessions:
             lambda: self._state,
             Turns(MAX_REVOKING),
             telemetry,
-            self._memory.remembered,
+            self._memory,
         )
         self._sessions: OrderedDict[Identity, Session] = OrderedDict()
         self._by_pod: dict[str, list[Session]] = {}

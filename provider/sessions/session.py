@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from provider.clock import Clock
-from provider.errors import AccessDenied, AnswerLost, ProviderError, VaultUnavailable
+from provider.errors import AccessDenied, AnswerLost, BadSecret, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
 from provider.sessions.holdings import Holdings
 from provider.sessions.lifetime import certificate_life, must_replace
@@ -37,7 +37,7 @@ from provider.telemetry.events import (
     Who,
 )
 from provider.turns import Turns
-from provider.vault import EngineMount, Loans, NoRoom, Room, Vault, VaultSecret
+from provider.vault import EngineMount, Memory, NoRoom, Room, Vault, VaultSecret
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -66,7 +66,7 @@ class Surroundings:
     state: Callable[[], StateDir | None]
     revoking: Turns
     telemetry: Telemetry
-    remembered: Loans
+    memory: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,10 @@ class Session:
         self._around = around
         self._clock = around.clock
         self._has = Holdings(
-            around.clock, around.renew_percent, functools.partial(around.remembered.hold, pod.namespace)
+            around.clock,
+            around.renew_percent,
+            remember=functools.partial(around.memory.remembered.hold, pod.namespace),
+            keep=functools.partial(around.memory.kept.hold, pod.namespace),
         )
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._crowded = False  # whether an answer to the last mount that asked Vault had no room
@@ -344,12 +347,19 @@ class Session:
         life = self._has.begin(began, ttl, renewable=renewable)
         old = self._has.kept.get(request)
         volumes = {mount.volume} | (old.volumes if old else set())
-        kept = self._has.kept[request] = Kept(request, secret, life, token, volumes)
-        self._has.changed = True
+        kept = Kept(request, secret, life, token, volumes)
+        has_room = self._has.keep(kept)
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
         self._record_issue(read, secret, token, mount, ttl, again=old is not None, seconds=seconds)
+        if not has_room:
+            # It would end unrenewed in the pod's hands. Its lease ends with the pod's token.
+            raise BadSecret(
+                f"the credentials of namespace {self.pod.namespace} take all the memory that the provider has for "
+                "them on this node",
+                "mount fewer or smaller ones in that namespace; those of a pod that ends make room by themselves",
+            )
         self._warn_if_short(kept, mount.interval)
 
     def _record_issue(

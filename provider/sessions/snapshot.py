@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +14,7 @@ from provider.sessions.lifetime import Lifetime
 from provider.sessions.model import HeldToken, Identity, Kept
 from provider.settings import TlsSettings
 from provider.spc import Login, Pod, SecretRequest, VaultServer
-from provider.vault import Auth, VaultSecret
+from provider.vault import Auth, VaultSecret, size_parsed
 
 
 @dataclass(slots=True)
@@ -105,7 +106,7 @@ def _load(payload: dict[str, Any], clock: Clock) -> Snapshot:
     kept = [
         Kept(
             _request(saved["request"]),
-            VaultSecret(**saved["secret"]),
+            VaultSecret(**saved["secret"], size=size_parsed(json.dumps(saved["secret"]["response"]).encode())),
             _life(saved["life"], shift),
             tokens[saved["token"]],
             set(saved["volumes"]),

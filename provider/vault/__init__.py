@@ -15,14 +15,13 @@ from provider.vault.client import (
     import_calls,
 )
 from provider.vault.failures import VaultUnreachable
-from provider.vault.memory import Held, Loans, Memory, NoRoom, Room
+from provider.vault.memory import Held, Memory, NoRoom, Room, size_parsed
 
 __all__ = [
     "Auth",
     "EngineMount",
     "Held",
     "LeaseGone",
-    "Loans",
     "Memory",
     "NoRoom",
     "RenewalRefused",
@@ -33,4 +32,5 @@ __all__ = [
     "VaultServers",
     "VaultUnreachable",
     "import_calls",
+    "size_parsed",
 ]

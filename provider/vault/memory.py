@@ -36,6 +36,9 @@ LEASED_BYTES: Final = 64 * 1024
 LEASED_ANSWERS_BYTES: Final = 2 * MIB
 # What answers may take that are remembered for their volumes' next mounts; of one namespace as above.
 REMEMBERED_BYTES: Final = 32 * MIB
+# What credentials may take that are kept and renewed, of one namespace as above: ten times what those of a node with
+# 110 pods do. Other queries each time give ever other ones, and no mount has to succeed for them to be kept.
+KEPT_BYTES: Final = 32 * MIB
 # In such steps a mount is lent what all share: the answers of a usual one are two or three.
 _STEP: Final = 16 * 1024
 # A mount that has waited for a place in vain still has to say so.
@@ -100,6 +103,7 @@ class Memory:
         self.places = Turns(LARGE_MOUNTS)
         self.small = Loans(ALL_SMALL_ANSWERS_BYTES)
         self.remembered = Loans(REMEMBERED_BYTES)
+        self.kept = Loans(KEPT_BYTES)
 
     def room(self, owner: str) -> Room:
         """The room of one mount of ``owner``'s, a Kubernetes namespace; to be closed when the mount has ended."""
