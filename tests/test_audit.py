@@ -48,7 +48,7 @@ from provider.telemetry.events import (
     Who,
 )
 from provider.telemetry.lines import MAX_WAITING, MAX_WAITING_BYTES, LineWriter
-from provider.telemetry.volumes import MAX_MARKS, MAX_VOLUMES, Volumes
+from provider.telemetry.volumes import MARK_BYTES, MAX_MARKS_BYTES, MAX_VOLUMES, Volumes
 from tests.spc_classes import plain
 from tests.stand.waiting import eventually
 from tests.tools import ROOT, logrotate
@@ -404,7 +404,8 @@ def test_page_has_the_limits() -> None:
     """What the page says of bounds is what holds."""
     assert f"cut at {audit.MAX_TEXT:,} characters" in PAGE
     assert f"come to {audit.MAX_OBJECTS_TEXT // MIB} MiB" in PAGE
-    assert f"the last {MAX_VOLUMES:,} volumes, or those of the last {MAX_MARKS:,} objects" in PAGE
+    objects = MAX_MARKS_BYTES // MARK_BYTES // 1000 * 1000
+    assert f"the last {MAX_VOLUMES:,} volumes, or those of some {objects:,} objects" in PAGE
     assert f"Up to {MAX_WAITING:,} lines or {MAX_WAITING_BYTES // MIB} MiB wait" in PAGE
     assert f"does not take within\n{lines.FLUSH_SECONDS:g} s is lost" in PAGE
 

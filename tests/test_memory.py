@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import pickle
 import random
 import sys
 import traceback
@@ -375,6 +376,21 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         stage.remove(other)
         await asyncio.sleep(300)
         assert (loans.free, loans._lent) == (40_000, {})
+
+
+@simulated
+async def test_requests_that_gave_nothing_to_keep_are_not_kept_themselves() -> None:
+    """Each may bring a body of a megabyte, another one each time."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.policies["app"] += ("tools/",)
+        stage.vault.kv["tools/hash"] = {"sum": "x"}
+        for number in range(3):
+            body = json.dumps({"input": "canary" * 1000 + str(number)})
+            await node.mount(pod, wanted("sum", "tools/hash", "sum", method="POST", body=body))
+        (session,) = node.sessions.all()
+        assert len(session._has._static) == 3
+        assert "canary" not in repr(pickle.dumps((session._has._static, session._has._volumes)))
 
 
 @simulated

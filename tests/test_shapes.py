@@ -599,7 +599,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     """The oldest volumes are forgotten beyond the number and the bytes that are kept, and so are checked templates."""
     monkeypatch.setattr(renderer, "MAX_VOLUMES", 2)
     monkeypatch.setattr(renderer, "MAX_CHECKED", 1)
-    monkeypatch.setattr(renderer, "MAX_REMEMBERED", 100)
+    monkeypatch.setattr(renderer, "MAX_REMEMBERED", 200)
     made = Renderer(Telemetry())
 
     def object_of(text: str) -> ObjectSpec:
@@ -621,10 +621,16 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         )
         assert list(made._remembered) == ["5"]
         await made.render(
-            "6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 101}}])], "shop", Contents(1)
+            "6", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": "x" * 200}}])], "shop", Contents(1)
         )
         assert list(made._remembered) == []
         assert made._size == 0
+        # A wide character makes each take four bytes.
+        for wide in ("x", "\U0001f511"):
+            await made.render(
+                "7", [Answered(object_of("{{ secret.a }}"), [{"data": {"a": wide * 40}}])], "shop", Contents(1)
+            )
+        assert list(made._remembered) == []
     finally:
         await made.close()
 
@@ -640,7 +646,7 @@ async def test_what_is_remembered_is_forgotten_with_time(monkeypatch: pytest.Mon
         monkeypatch.setattr(renderer, "MAX_AGE", 0.0)
         await made.render("other", [Answered(spec, [{"data": {"a": "xyz"}}])], "shop", Contents(1))
         assert list(made._remembered) == ["other"]
-        assert made._size == 3
+        assert made._size == sys.getsizeof("xyz")
     finally:
         await made.close()
 

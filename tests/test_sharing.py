@@ -226,3 +226,27 @@ async def test_engines_that_are_known_are_bounded() -> None:
                 await asyncio.sleep(1)
                 known = node.sessions._shared._engines
                 assert 1 <= sum(map(len, known.values())) <= 3
+
+
+@simulated
+async def test_what_is_asked_and_not_told_is_bounded() -> None:
+    """Reads below ever other first elements neither keep a thousand questions under way nor are remembered for long."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shared, "MAX_ASKING", 3)
+        patched.setattr(shared, "MAX_UNTOLD", 5)
+        async with Stage() as stage:
+            node, pod = stage.node(), stage.pod("a")
+            stage.vault.policies["app"] += ("hidden",)
+            for number in range(20):
+                stage.vault.kv[f"hidden{number}/app"] = {"password": str(number)}
+            every = [wanted(str(number), f"hidden{number}/app", "password") for number in range(20)]
+            reads = node.sessions._shared
+            with stage.vault.hold("sys/internal/ui/mounts"):
+                await node.mount(pod, *every)
+                assert len(reads._asking) == 3
+            for one in every:
+                await node.mount(pod, one)
+                await asyncio.sleep(1)
+                assert len(reads._untold) <= 5
+            assert not reads._asking
+            assert stage.vault.count("sys/internal/ui/mounts") >= 20

@@ -204,7 +204,7 @@ def test_kinds_are_those_of_the_last_change() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Volumes past the limit, and marks past theirs, make the ones that were heard of least recently be forgotten."""
     monkeypatch.setattr(volumes, "MAX_VOLUMES", 3)
-    monkeypatch.setattr(volumes, "MAX_MARKS", 10)
+    monkeypatch.setattr(volumes, "MAX_MARKS_BYTES", 10 * (volumes.MARK_BYTES + 1))
     known = Volumes(Hand())
     for name in ("a", "b", "c"):
         known.take(mounted({"x": "1"}, name=name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,8 @@ class Renderer:
         return results
 
     def _keep(self, volume: str, memory: Made) -> None:
-        size = sum(len(kept) if isinstance(kept, bytes) else len(getattr(kept, "text", "")) for kept in memory.values())
+        texts = [kept if isinstance(kept, bytes) else getattr(kept, "text", "") for kept in memory.values()]
+        size = sum(map(sys.getsizeof, texts))
         now = time.monotonic()
         before = self._remembered.pop(volume, ({}, 0, now))  # another mount of it may have been as fast
         self._size += size - before[1]

@@ -14,7 +14,7 @@ from typing import Final
 from provider.clock import Clock
 from provider.errors import ProviderError
 from provider.sessions.lifetime import Lifetime, must_replace
-from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume
+from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume, request_size
 from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import SecretRequest
@@ -48,9 +48,11 @@ class Holdings:
         self.asked = True
         """Whether a volume, as far as is known, mounts under this identity."""
         self._volumes: dict[str, Volume] = {}
-        self._static: set[SecretRequest] = set()
-        # Requests whose last answer on a mount of its own was a certificate.
-        self._fresh_certificates: set[SecretRequest] = set()
+        # Requests by their hashes, since one may have a megabyte; where two have the same, a certificate is told as a
+        # secret, or a login may come too early.
+        self._static: set[int] = set()
+        # Those whose last answer on a mount of its own was a certificate.
+        self._fresh_certificates: set[int] = set()
         self._lend_to_remember = remember
         self._lend_to_keep = keep
         self._clock = clock
@@ -126,28 +128,28 @@ class Holdings:
 
     def _is_issued(self, read: Read) -> bool:
         if read.fresh:
-            return read.request in self._fresh_certificates
+            return hash(read.request) in self._fresh_certificates
         kept = self.kept.get(read.request)
         return kept is not None and not kept.secret.leased
 
     def note_fresh(self, request: SecretRequest, *, certificate: bool) -> None:
         """Whether ``request``, which is sent on every mount, gave a certificate now."""
         if not certificate:
-            self._fresh_certificates.discard(request)
+            self._fresh_certificates.discard(hash(request))
             return
         if len(self._fresh_certificates) >= MAX_STATIC:
             self._fresh_certificates.clear()
-        self._fresh_certificates.add(request)
+        self._fresh_certificates.add(hash(request))
 
     def is_static(self, request: SecretRequest) -> bool:
         """Whether ``request`` is known to give nothing to keep."""
-        return request in self._static
+        return hash(request) in self._static
 
     def note_static(self, request: SecretRequest) -> None:
         """``request`` gave nothing to keep."""
         if len(self._static) >= MAX_STATIC:
             self._static.clear()
-        self._static.add(request)
+        self._static.add(hash(request))
         if self.kept.pop(request, None) is not None:
             self.changed = True
 
@@ -199,7 +201,8 @@ class Holdings:
         # Given back before it is asked for anew.
         shown.held = None
         if shown.answers:
-            shown.held = self._lend_to_remember(sum([secret.size for secret, _ in shown.answers.values()]))
+            sizes = [secret.size + request_size(request) for request, (secret, _) in shown.answers.items()]
+            shown.held = self._lend_to_remember(sum(sizes))
             if shown.held is None:
                 shown.answers, lasting = {}, False  # read once more by the next mount
         # What is read each time is another answer each time, and its files are held no longer than their mount.

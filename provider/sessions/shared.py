@@ -20,8 +20,12 @@ from provider.vault import Auth, EngineMount, Room, Vault, VaultSecret, VaultUnr
 KNOWN_FOR_SECONDS: Final = 600.0
 # Engines that are known of all Vaults; past it, which only a Vault of somebody else's has, they are learnt anew.
 MAX_ENGINES: Final = 1000
+# Paths whose engines are asked for at one time; others' wait for a later read. A node's pods use a few engines.
+MAX_ASKING: Final = 32
 # Where a token may not ask which engine it reads from, it is not asked again for a while.
 UNTOLD_FOR_SECONDS: Final = 60.0
+# Such paths' first elements that are remembered; past it they are asked for anew.
+MAX_UNTOLD: Final = 1000
 # Asking for the engine is never in the way of a mount, so it need not wait long either.
 ASK_SECONDS: Final = 5.0
 # Never on a secrets engine that pods could share, whatever is mounted.
@@ -119,6 +123,8 @@ class SharedReads:
         key = (vault.server, path.split("/", 1)[0])
         if path.startswith(_NEVER) or key in self._asking or self._clock.now() < self._untold.get(key, 0.0):
             return
+        if len(self._asking) >= MAX_ASKING:
+            return
         task = self._asking[key] = asyncio.create_task(self._ask(vault, path, token, key))
         task.add_done_callback(lambda _: self._asking.pop(key))
 
@@ -133,4 +139,6 @@ class SharedReads:
         if engine is None:
             now = self._clock.now()
             self._untold = {key: until for key, until in self._untold.items() if now < until}
+            if len(self._untold) >= MAX_UNTOLD:
+                self._untold.clear()
             self._untold[key] = now + UNTOLD_FOR_SECONDS

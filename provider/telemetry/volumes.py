@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from provider.clock import Clock
+from provider.settings import MIB
 from provider.spc.model import Pod
 from provider.telemetry.events import Kind, Mounted, MountRefused, Telemetry
 
 # Several times the volumes of a node's 110 pods; past it the one that was heard of least recently is forgotten, and its
 # next mount counts as a first one.
 MAX_VOLUMES: Final = 1000
-# The marks of all volumes together, which would be a million if each had a class of 1,000 objects: some 10 MB.
-MAX_MARKS: Final = 50_000
+# What the marks of all volumes take together, in bytes, each MARK_BYTES besides its name's characters: those of 50,000
+# usual objects. A million, if each volume had a class of 1,000 objects, would fill the daemon's memory, and so would
+# names of 4 KiB.
+MAX_MARKS_BYTES: Final = 10 * MIB
+MARK_BYTES: Final = 200
 # Seconds after which a failure that was not repeated is no longer one that lasts: kubelet tries again within 2 minutes,
 # and the driver mounts again about as often, so the pod is gone. Twice the volume's own interval where that is longer,
 # as with a driver that is told to mount again once an hour.
@@ -119,7 +123,7 @@ class Volumes:
         self._began = clock.now()
         # The one that was heard of last is last.
         self._volumes: OrderedDict[tuple[str, str], Volume] = OrderedDict()
-        self._marks = 0
+        self._marks = 0  # bytes of all of theirs
 
     def listen(self, telemetry: Telemetry) -> None:
         """Remember from now on what events say of volumes."""
@@ -186,7 +190,7 @@ class Volumes:
         change = self.change(event)
         volume = self._volume(spec.pod, spec.class_name, spec.target_path)
         if change.changed or not change.remount or volume.keyed != event.keyed:
-            self._marks += len(event.marks) - len(volume.marks)
+            self._marks += _size(event.marks) - _size(volume.marks)
             volume.marks, volume.keyed = event.marks, event.keyed
             volume.kinds = Counter(made.kind for made in event.objects())
         now = self._clock.now()
@@ -217,9 +221,13 @@ class Volumes:
         return volume
 
     def _forget(self) -> None:
-        while len(self._volumes) > MAX_VOLUMES or (self._marks > MAX_MARKS and len(self._volumes) > 1):
+        while len(self._volumes) > MAX_VOLUMES or (self._marks > MAX_MARKS_BYTES and len(self._volumes) > 1):
             _, volume = self._volumes.popitem(last=False)
-            self._marks -= len(volume.marks)
+            self._marks -= _size(volume.marks)
+
+
+def _size(marks: Mapping[str, str]) -> int:
+    return sum([MARK_BYTES + len(name) for name in marks])
 
 
 def _show_interval(volume: Volume, now: float) -> None:
