@@ -37,8 +37,9 @@ from provider.vault.watch import Asker, Watch
 OVERDUE_SECONDS: Final = 10.0
 # Parsing a larger body than this holds the loop for more than about a millisecond, so there is one at a time.
 SMALL_BODY_BYTES: Final = 32 * 1024
-# A larger body than this waits at the server until it is its turn to be read.
-LARGE_BODY_BYTES: Final = 256 * 1024
+# A larger body than this waits at the server until it is its turn to be read: hundreds may be under way, on as many
+# connections.
+LARGE_BODY_BYTES: Final = 64 * 1024
 # Such bodies that are read to their end at one time, of all servers: each may take 8 MiB, and one of them some 60 MiB
 # while it is parsed.
 LARGE_BODIES: Final = 4
