@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
@@ -46,6 +46,9 @@ MAX_PLANS: Final = 256
 # Bytes of files that are kept for the next mount while it would be made of the same answers. These are in memory for it
 # anyway; larger volumes are made anew, so that memory does not hold a node's secrets twice.
 MAX_MADE_BYTES: Final = 64 * 1024
+# Bytes of answers in memory of which plain objects are made on the event loop, some milliseconds' worth; what comes of
+# more is rendered in the renderer's thread, and within its time. A usual volume is made of a tenth of it.
+MAX_ON_LOOP_BYTES: Final = 512 * 1024
 # Sentences that are remembered as told; past it the oldest is told again when it comes up.
 MAX_TOLD: Final = 1000
 # The names of objects that failed alike, in characters; past it they are counted.
@@ -138,8 +141,10 @@ class Mounter:
         self._plan = functools.lru_cache(MAX_PLANS)(plan)
         self._told: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
-    async def mount(self, spec: MountSpec) -> MountResult:
+    async def mount(self, spec: MountSpec, spent: Callable[[float], None] = lambda _: None) -> MountResult:
         """The files of ``spec``, all of them, within the mount timeout.
+
+        ``spent`` is told of processor time, in seconds, that went into rendering them besides the usual.
 
         Raises:
             ProviderError: none of them; MountFailed where objects failed, OutOfTime where time did.
@@ -149,7 +154,7 @@ class Mounter:
         try:
             async with asyncio.timeout(self._timeout):
                 with self._sessions.mounting(spec) as room:
-                    done = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout, room)
+                    done = await self._mount(spec, asyncio.get_running_loop().time() + self._timeout, room, spent)
         except TimeoutError as error:
             raise OutOfTime(
                 f"the mount took longer than {self._timeout:g} s; Vault at {spec.server.address} was still to answer",
@@ -182,7 +187,7 @@ class Mounter:
         while len(self._told) > MAX_TOLD:
             self._told.popitem(last=False)
 
-    async def _mount(self, spec: MountSpec, deadline: float, room: Room) -> _Done:
+    async def _mount(self, spec: MountSpec, deadline: float, room: Room, spent: Callable[[float], None]) -> _Done:
         async def login(until: float) -> Auth:
             vault = self._servers.get(spec.server, spec.pod.uid)
             return await log_in(vault, spec, self._tokens, until, telemetry=self._telemetry)
@@ -200,7 +205,7 @@ class Mounter:
             key, fetched = await asyncio.gather(self._version_key.get(), fetching)
         made = fetched.made
         if not isinstance(made, _Made) or made.key != key or made.objects != spec.objects:
-            made = await self._make(spec, reads, fetched.answers, key, deadline)
+            made = await self._make(spec, reads, fetched.answers, key, deadline, spent)
         self._sessions.settle(spec, made.secrets, made if made.size <= MAX_MADE_BYTES else None)
         return _Done(made, reads, fetched)
 
@@ -211,25 +216,30 @@ class Mounter:
         answers: Mapping[Read, VaultSecret | ProviderError],
         key: bytes | None,
         deadline: float,
+        spent: Callable[[float], None],
     ) -> _Made:
         """Make of the answers what the class asks for. Raises ProviderError."""
-        made, secrets, failures = await self._rendered(spec, reads, answers)
+        made, secrets, failures = await self._rendered(spec, reads, answers, spent)
         if failures:
             # In the class's order: the first one's code is the mount's (docs/contract.md section 1).
             order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
             failures.sort(key=lambda failure: order[failure[0].name])
             raise await self._failed(failures, spec, deadline)
-        if all(wanted.plain for wanted in spec.objects):
+        size = sum([len(file.contents) for files in made.values() for file in files])
+        if size <= MAX_ON_LOOP_BYTES and all(wanted.plain for wanted in spec.objects):
             files, versions = _assembled(spec, made, self._versions, key)
         else:
             # Their files may be thousands.
             files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, key)
         marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
-        size = sum([len(file.contents) for file in files])
         return _Made(spec.objects, key, secrets, files, versions, marks, size)
 
     async def _rendered(
-        self, spec: MountSpec, reads: Sequence[tuple[Read, ...]], answers: Mapping[Read, VaultSecret | ProviderError]
+        self,
+        spec: MountSpec,
+        reads: Sequence[tuple[Read, ...]],
+        answers: Mapping[Read, VaultSecret | ProviderError],
+        spent: Callable[[float], None],
     ) -> tuple[Mapping[str, Files], dict[Read, VaultSecret], list[_Failure]]:
         """The files of each object, the secrets they were made of, and what failed."""
         failures: list[_Failure] = []
@@ -246,6 +256,7 @@ class Mounter:
         contents = Contents(len(spec.objects))
         answered: list[Answered] = []
         secrets: dict[Read, VaultSecret] = {}
+        on_loop = 0
         for wanted, together in zip(spec.objects, reads, strict=True):
             responses = []
             for read in together:
@@ -255,9 +266,10 @@ class Mounter:
                 else:
                     secrets[read] = answer
                     responses.append(answer.response)
+                    on_loop += answer.size
             if len(responses) < len(together):
                 continue
-            if not wanted.plain:
+            if not wanted.plain or on_loop > MAX_ON_LOOP_BYTES:
                 answered.append(Answered(wanted, responses))
                 continue
             try:
@@ -269,7 +281,8 @@ class Mounter:
                 # A thousand objects of one large secret would be gigabytes before anybody counted them.
                 break
         if answered and not contents.full:
-            errors = await self._renderer.render(spec.target_path, answered, spec.pod.namespace, contents)
+            volume, owner = spec.target_path, spec.pod.namespace
+            errors = await self._renderer.render(volume, answered, owner, contents, spent=spent)
             for given, found in zip(answered, errors, strict=True):
                 if found is not None:
                     failed(given.spec, given.spec.request, found)

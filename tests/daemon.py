@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from provider.cli import main
 from provider.cli.parts import Parts
@@ -23,7 +23,7 @@ from provider.telemetry.events import Telemetry
 
 
 class Scripted:
-    async def mount(self, spec: MountSpec) -> MountResult:
+    async def mount(self, spec: MountSpec, spent: Callable[[float], None]) -> MountResult:
         _, seconds = spec.objects[0].request.path.split("/")
         await asyncio.sleep(float(seconds))
         content = str(os.getpid()).encode()

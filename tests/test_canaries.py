@@ -369,7 +369,7 @@ async def nobody_waits(value): fail(value)
 
 
 class Broken:
-    async def mount(self, spec):
+    async def mount(self, spec, spent):
         held = {"password": secret}
         threading.Thread(target=fail, args=(secret,)).start()
         asyncio.get_running_loop().call_soon(fail, secret)

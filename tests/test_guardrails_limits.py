@@ -22,7 +22,16 @@ import pytest
 from provider.cli import flags, guardrails
 from provider.render import RenderedFile
 from provider.server import Server
-from provider.server.limits import AT_ONCE, MAX_PARSING_SECONDS, MAX_PODS, PERIOD, PodFloods, PodLimits, Spending
+from provider.server.limits import (
+    AT_ONCE,
+    MAX_PARSING_SECONDS,
+    MAX_PODS,
+    MAX_RENDERING_SECONDS,
+    PERIOD,
+    PodFloods,
+    PodLimits,
+    Spending,
+)
 from provider.settings import MIB, Settings, TlsSettings
 from provider.spc import Parser, mounting_pod
 from provider.spc.parameters import TOKENS
@@ -92,6 +101,11 @@ def spend(limits: PodLimits, spending: Spending, *amounts: float, pod: str = "a"
             Spending.PARSING,
             (AT_ONCE * MAX_PARSING_SECONDS,),
             f"share, which is {MAX_PARSING_SECONDS:g} seconds of reading its classes",
+        ),
+        (
+            Spending.RENDERING,
+            (AT_ONCE * MAX_RENDERING_SECONDS,),
+            f"share, which is {MAX_RENDERING_SECONDS:g} seconds of rendering its files",
         ),
     ],
 )

@@ -84,7 +84,7 @@ class Mounting:
     def __init__(self, outcome: MountResult | BaseException | Callable[[MountSpec], Awaitable[MountResult]]) -> None:
         self.outcome = outcome
 
-    async def mount(self, spec: MountSpec) -> MountResult:
+    async def mount(self, spec: MountSpec, spent: Callable[[float], None]) -> MountResult:
         if isinstance(self.outcome, MountResult):
             return self.outcome
         if isinstance(self.outcome, BaseException):

@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provider.errors import BadSecret, Code, InvalidClass, ProviderError, SecretNotFound
+from provider.errors import BadSecret, Code, InvalidClass, MountFailed, ProviderError, SecretNotFound
+from provider.mount import MAX_ON_LOOP_BYTES
 from provider.redact import Sensitive
 from provider.render import Answered, Contents, Renderer, renderer
 from provider.render.job import Job
@@ -33,7 +35,7 @@ from provider.telemetry.events import Event, ProgramEnded, Telemetry
 from provider.versions import Versions
 from tests.spc_classes import parse_class
 from tests.stand.ecommerce import EcommerceStand
-from tests.test_mount import Counted, Node, login_role, running
+from tests.test_mount import Counted, Node, eventually, login_role, running
 from tests.tools import ROOT
 
 CREDS = "database/creds/ecommerce-readonly"
@@ -664,9 +666,116 @@ async def test_a_secret_of_many_objects_is_hashed_once(monkeypatch: pytest.Monke
     objects = parse_class("\n".join(f"- {{objectName: o{n}, secretPath: b, jmesPath: 'a.\"{n}\"'}}" for n in range(9)))
     jobs = [Job(spec, [{"data": data}]) for spec in objects.objects]
     monkeypatch.setattr(json, "dumps", counting)
-    renderer._prepare(jobs)
+    renderer._prepare(jobs, renderer._Budget(len(jobs)))
     assert sum(value is data for value in written) == 1
     assert len({made.digest for made in jobs}) == 9
+
+
+class Held:
+    """Rendering that waits in its thread until it may go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun: list[str] = []
+        self._may_go_on = threading.Event()
+        finish = Job.finish
+
+        def held(job: Job, made: Any) -> Any:
+            self.begun.append(job.spec.name)
+            assert self._may_go_on.wait(20), "nobody let it go on: is it on the event loop?"
+            return finish(job, made)
+
+        patch.setattr(Job, "finish", held)
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
+
+
+LARGE = "x" * (MAX_ON_LOOP_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- {objectName: o, secretPath: b, format: json}",
+        "- {objectName: o, secretPath: b, secretKey: a}",
+        "- {objectName: o, secretPath: b, secretKey: a, encoding: base64, optional: true}",
+        "- {objectName: o, secretPath: b}",
+    ],
+)
+async def test_large_answers_are_not_rendered_on_the_event_loop(
+    node: Node, shop: EcommerceStand, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Whatever is made of them, and whether or not that succeeds: others mount meanwhile."""
+    held = Held(monkeypatch)
+    shop.openbao.write_kv("ecommerce/data/large", {"a": LARGE})
+    large = wanting(shop, text.replace("secretPath: b", "secretPath: ecommerce/data/large"), "large")
+    mount = asyncio.create_task(node.mount(large))
+    await eventually(lambda: held.begun == ["o"])
+    assert await node.mount(wanting(shop, f"- {{objectName: u, {APP}, secretKey: user}}")) == {"u": b"web"}
+    held.go_on()
+    if "base64" in text:
+        with pytest.raises(MountFailed, match="is not valid base64"):
+            await mount
+    else:
+        assert len((await mount)["o"]) > MAX_ON_LOOP_BYTES
+
+
+async def test_rendering_goes_namespace_by_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose many mounts wait for the thread lets another have it next; who goes away is not waited for."""
+    held = Held(monkeypatch)
+    made = Renderer(Telemetry())
+    spent: list[float] = []
+
+    def render(name: str, owner: str) -> asyncio.Task[list[ProviderError | None]]:
+        (spec,) = parse_class(f"- {{objectName: {name}, secretPath: b, format: json}}").objects
+        given = [Answered(spec, [{"data": {}}])]
+        return asyncio.create_task(made.render(name, given, owner, Contents(1), spent=spent.append))
+
+    try:
+        first = render("first", "hostile")
+        await eventually(lambda: held.begun == ["first"])
+        others = [render(f"hostile-{number}", "hostile") for number in range(3)]
+        await asyncio.sleep(0)
+        honest = render("honest", "shop")
+        await asyncio.sleep(0)
+        gone = others.pop(0)
+        for task in (first, gone):
+            task.cancel()
+        held.go_on()
+        await asyncio.gather(honest, *others)
+        for task in (first, gone):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+    finally:
+        await made.close()
+    # Of each the values come first, and the files later, when it is its turn once more.
+    assert held.begun[0] == "first"
+    assert held.begun.index("honest") <= 2
+    assert sorted(held.begun) == ["first", "honest", "hostile-1", "hostile-2"]
+    assert len(spent) == 2 * 4
+
+
+async def test_rendering_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects for which no time is left are told so, in one sentence for all of them; what was made is kept."""
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.2)
+    finish, done = Job.finish, []
+
+    def slow(job: Job, made: Any) -> Any:
+        until = time.thread_time() + 0.07
+        while time.thread_time() < until:
+            pass
+        done.append(job.spec.name)
+        return finish(job, made)
+
+    monkeypatch.setattr(Job, "finish", slow)
+    files, errors = await rendered(
+        "\n".join(f"- {{objectName: o{n}, secretPath: b, format: json}}" for n in range(9)), {"a": 1}
+    )
+    assert files.keys() == set(done)
+    assert 1 <= len(done) <= 3
+    assert len({str(error) for error in errors}) == 1
+    assert f"takes more than 0.2 s of processor time: no more than {len(done)} of its 9 objects" in str(errors[0])
+    assert errors[0].code is Code.FAILED_PRECONDITION
 
 
 async def test_rendering_stops_at_what_a_volume_holds() -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Collected:
     def __init__(self) -> None:
         self._mounted = threading.Event()
 
-    async def mount(self, spec: MountSpec) -> MountResult:
+    async def mount(self, spec: MountSpec, spent: Callable[[float], None]) -> MountResult:
         told = json.dumps(
             {
                 "enabled": gc.isenabled(),

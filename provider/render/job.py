@@ -1,4 +1,4 @@
-"""One object that is not plain: its sources' values, the program that is run on them, and the files that come of it.
+"""One object: its sources' values, the program that is run on them if one is, and the files that come of it.
 
 Pure but for what it remembers on its way. Errors name objects, requests and keys, and never a value.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from provider.errors import BadSecret, ProviderError
 from provider.redact import one_line
 from provider.render.contents import MAX_FILES, Files, RenderedFile
-from provider.render.values import data_of, formatted, missing, object_name, value_of, written
+from provider.render.values import data_of, formatted, missing, object_name, render_plain, value_of, written
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
 from provider.spc.findings import Refused
@@ -48,6 +48,8 @@ class Job:
         ``known`` has the digests of values by their ids, for all jobs of a mount, and is added to.
         """
         shape = self.spec.shape
+        if self.spec.plain:
+            return
         try:
             self._values = _values(self.spec, self._responses)
         except ProviderError as error:
@@ -93,6 +95,8 @@ class Job:
 
     def _files(self, made: Made) -> Files:
         spec, values = self.spec, self._values
+        if spec.plain:
+            return (RenderedFile(spec.name, spec.mode, render_plain(spec, self._responses[0])),)
         match spec.shape:
             case AllKeys() as shape:
                 return _file_for_each_key(spec, shape, values[0])

@@ -1,4 +1,4 @@
-"""The objects of a mount that are not plain, rendered: in a thread, and their programs in the sandbox.
+"""The objects of a mount that are not plain, or large: rendered in a thread, and their programs in the sandbox.
 
 What came of a program or a keystore is remembered for the volume, by a digest of all that went into it: a re-mount runs
 again only what changed. Their engines are loaded by the first class that needs them.
@@ -12,21 +12,29 @@ import json
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from provider.errors import InvalidClass, ProviderError
+from provider.errors import BadSecret, InvalidClass, ProviderError
 from provider.redact import one_line
 from provider.render.contents import Contents
 from provider.render.job import Job, Made, failed_program
 from provider.settings import MIB
 from provider.spc.model import ObjectSpec, Template
 from provider.telemetry.events import ProgramEnded, Telemetry
+from provider.turns import Turns
 
 if TYPE_CHECKING:
     from provider.sandbox.process import Program, Result, Sandbox
 
+_T = TypeVar("_T")
+
+# Seconds of processor time for a mount's objects, besides their programs', and at most one object over it: keystores,
+# keys that expressions are tried on, and texts that are quoted may be a thousand, of a megabyte each. A usual mount
+# takes some milliseconds, and twenty keystores for old Java half a second.
+MAX_SECONDS: Final = 2.0
 # Bytes of what is remembered of all volumes, and the volumes: beyond, the least recently mounted is rendered anew.
 MAX_REMEMBERED: Final = 32 * MIB
 MAX_VOLUMES: Final = 1000
@@ -56,6 +64,11 @@ class Renderer:
         # By volume, the latest mounted last: what was made, its bytes, and when.
         self._remembered: OrderedDict[str, tuple[Made, int, float]] = OrderedDict()
         self._size = 0
+        # One thread, of its own, so that what tenants have rendered takes neither more than one of the node's cores nor
+        # the threads that Vault's answers, TLS files and sealed sessions wait for.
+        self._thread = ThreadPoolExecutor(1, "render")
+        self._turns = Turns(1)
+        self._rendering: set[asyncio.Task[Any]] = set()
 
     async def check(self, objects: Sequence[ObjectSpec], owner: str) -> None:
         """Raise InvalidClass where a template among the objects is none, before anything is read for it.
@@ -99,30 +112,60 @@ class Renderer:
             raise untold
 
     async def render(
-        self, volume: str, answered: Sequence[Answered], owner: str, contents: Contents
+        self,
+        volume: str,
+        answered: Sequence[Answered],
+        owner: str,
+        contents: Contents,
+        *,
+        spent: Callable[[float], None] = lambda _: None,
     ) -> list[ProviderError | None]:
         """Add the files of each object to ``contents``; the error of each that failed.
 
-        ``volume`` is whose memory is used, ``owner`` as ``check`` has it.
+        ``volume`` is whose memory is used, ``owner`` as ``check`` has it. ``spent`` is told the seconds of processor
+        time that the thread took, also where the caller has gone meanwhile.
         """
         jobs = [Job(given.spec, given.responses) for given in answered]
         before = self._remembered[volume][0] if volume in self._remembered else {}
-        await asyncio.to_thread(_prepare, jobs)
+        budget = _Budget(len(jobs))
+        await self._in_thread(owner, spent, lambda: _prepare(jobs, budget))
         made = {job.digest: before[job.digest] for job in jobs if job.digest in before}
         waiting = {job.digest: program for job in jobs if job.digest not in made and (program := job.program())}
         if waiting:
             # One process for the programs of a mount.
             made.update(zip(waiting, await self._run(list(waiting.values()), owner), strict=True))
-        results = await asyncio.to_thread(_finish, jobs, made, contents)
+        results = await self._in_thread(owner, spent, lambda: _finish(jobs, made, contents, budget))
         # What may have failed for want of time is tried again.
         final = {digest: kept for digest, kept in made.items() if getattr(kept, "final", True)}
         self._keep(volume, final)
         return results
 
     async def close(self) -> None:
-        """End the sandbox's process."""
+        """End the sandbox's process, and let go of the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._sandbox is not None:
             await self._sandbox.close()
+
+    async def _in_thread(self, owner: str, spent: Callable[[float], None], work: Callable[[], _T]) -> _T:
+        """Do ``work`` in the thread when it is ``owner``'s turn, which ends with it and not with who waits here."""
+
+        def timed() -> tuple[_T, float]:
+            began = time.thread_time()
+            return work(), time.thread_time() - began
+
+        async def turn() -> _T:
+            try:
+                result, seconds = await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+            finally:
+                self._turns.give(owner)
+            spent(seconds)
+            return result
+
+        await self._turns.take(owner)
+        task = asyncio.create_task(turn())
+        self._rendering.add(task)
+        task.add_done_callback(self._rendering.discard)
+        return await asyncio.shield(task)
 
     async def _run(self, programs: Sequence[Program], owner: str) -> list[Result]:
         from provider.sandbox.process import Failure, Sandbox
@@ -150,21 +193,45 @@ class Renderer:
             self._size -= self._remembered.popitem(last=False)[1][1]
 
 
-def _prepare(jobs: Sequence[Job]) -> None:
+class _Budget:
+    """What is left of MAX_SECONDS for the objects of a mount, which are ``objects``. Of the thread that counts it."""
+
+    def __init__(self, objects: int) -> None:
+        self._objects = objects
+        self._left = MAX_SECONDS
+        self._error: BadSecret | None = None
+
+    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, BadSecret | None]]:
+        """The jobs, and the error of those for which nothing is left, the same for all of them."""
+        began = time.thread_time()
+        for done, job in enumerate(jobs):
+            if self._error is None and time.thread_time() - began > self._left:
+                self._error = BadSecret(
+                    f"to render the volume takes more than {MAX_SECONDS:g} s of processor time: no more than {done} of "
+                    f"its {self._objects} objects are done",
+                    "mount fewer keystores, includes and formats of large secrets, or split the SecretProviderClass",
+                )
+            yield job, self._error
+        self._left -= time.thread_time() - began
+
+
+def _prepare(jobs: Sequence[Job], budget: _Budget) -> None:
     known: dict[int, str] = {}
-    for job in jobs:
-        job.prepare(known)
+    for job, error in budget.each(jobs):
+        if error is None:
+            job.prepare(known)
 
 
-def _finish(jobs: Sequence[Job], made: Made, contents: Contents) -> list[ProviderError | None]:
+def _finish(jobs: Sequence[Job], made: Made, contents: Contents, budget: _Budget) -> list[ProviderError | None]:
     errors: list[ProviderError | None] = []
-    for job in jobs:
-        error: ProviderError | None = None
+    for job, late in budget.each(jobs):
+        error: ProviderError | None = late
         try:
             if contents.full:
                 # A thousand objects of one large secret would be gigabytes before anybody counted them.
                 raise contents.too_much()
-            contents.add(job.spec.name, job.finish(made))
+            if error is None:
+                contents.add(job.spec.name, job.finish(made))
         except ProviderError as failure:
             error = failure
         errors.append(error)

@@ -20,6 +20,9 @@ AT_ONCE: Final = 0.1
 # Seconds of processor time that reading one pod's classes may take in a minute. A class of fifty objects takes some
 # milliseconds, and is then kept; a hostile one takes up to a second, and is another one each time.
 MAX_PARSING_SECONDS: Final = 3.0
+# The same of rendering its files, besides what every usual mount takes: twenty keystores for old Java cost half a
+# second, and are kept. A hostile class takes the two seconds that one mount may, and has then to wait for twenty.
+MAX_RENDERING_SECONDS: Final = 6.0
 # Seconds until a pod that is over its share is told so: whoever tries again at once gets no more work done by it.
 REFUSAL_SECONDS: Final = 1.0
 # Pods whose spending is remembered: a node has 110 by default, and each goes when its minute is over.
@@ -39,11 +42,18 @@ class Spending(enum.IntEnum):
     OBJECTS = 1
     BYTES = 2
     PARSING = 3
+    RENDERING = 4
 
 
 _KINDS: Final = tuple(Spending)  # going through an enum's class costs as much as the rest of ``begin``
 # In which words a refusal tells of it.
-_WORDS: Final = ("mounts", "objects", "MiB of files", "seconds of reading its classes")
+_WORDS: Final = (
+    "mounts",
+    "objects",
+    "MiB of files",
+    "seconds of reading its classes",
+    "seconds of rendering its files",
+)
 # What was spent within this many seconds has not come back yet: a mount asks several times.
 _STEP_SECONDS: Final = 0.05
 
@@ -63,6 +73,7 @@ class PodLimits:
             settings.max_pod_objects,
             settings.max_pod_mib * MIB,
             MAX_PARSING_SECONDS,
+            MAX_RENDERING_SECONDS,
         )
         # What is spent and has not come back, and since when; the pod that was seen last is at the end.
         self._spent: OrderedDict[str, tuple[float, list[float]]] = OrderedDict()

@@ -7,10 +7,11 @@ that is not UTF-8 is enough), and which would send a response before its size is
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
@@ -43,8 +44,8 @@ _logger = logging.getLogger(__name__)
 class Mounts(Protocol):
     """What fetches a volume; provider.mount.Mounter in the daemon. Raises ProviderError."""
 
-    async def mount(self, spec: MountSpec) -> MountResult:
-        """All files of ``spec``, or an error."""
+    async def mount(self, spec: MountSpec, spent: Callable[[float], None]) -> MountResult:
+        """All files of ``spec``, or an error; ``spent`` is told the seconds of processor time of unusual rendering."""
         ...
 
     async def check(self, templates: Sequence[ObjectSpec], owner: str) -> None:
@@ -174,7 +175,7 @@ class Service:
                 raise await self._with_templates(error, about.pod.namespace) from None
             raise
         about.know(spec)
-        result = await self._mounts.mount(spec)
+        result = await self._mounts.mount(spec, functools.partial(self._limits.spend, pod, Spending.RENDERING))
         many = len(result.files) > MANY_FILES
         answer = await asyncio.to_thread(_answer, result) if many else _answer(result)
         self._limits.spend(pod, Spending.BYTES, len(answer))
