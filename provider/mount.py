@@ -31,7 +31,7 @@ from provider.spc import MountSpec, ObjectSpec, SecretRequest
 from provider.spc.paths import clashes
 from provider.telemetry.events import Kind, Mounted, MountedObject, Supply, Telemetry
 from provider.vault import Auth, Room, VaultSecret, VaultServers
-from provider.versions import Versions
+from provider.versions import Versions, key_of
 
 _log = logging.getLogger(__name__)
 
@@ -225,12 +225,13 @@ class Mounter:
             order = {wanted.name: number for number, wanted in enumerate(spec.objects)}
             failures.sort(key=lambda failure: order[failure[0].name])
             raise await self._failed(failures, spec, deadline)
+        own_key = key_of(key, spec.pod.namespace, spec.server.address, spec.server.namespace) if key else None
         size = sum([len(file.contents) for files in made.values() for file in files])
         if size <= MAX_ON_LOOP_BYTES and all(wanted.plain for wanted in spec.objects):
-            files, versions = _assembled(spec, made, self._versions, key)
+            files, versions = _assembled(spec, made, self._versions, own_key)
         else:
             # Their files may be thousands.
-            files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, key)
+            files, versions = await asyncio.to_thread(_assembled, spec, made, self._versions, own_key)
         marks = dict(versions) if key is not None else {name: _mark(files) for name, files in made.items()}
         return _Made(spec.objects, key, secrets, files, versions, marks, size)
 

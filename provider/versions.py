@@ -27,6 +27,7 @@ from provider.spc.model import (
 # A new layout of the encoding gets a new tag, so that two layouts never agree by accident.
 _LAYOUT: Final = "vault-csi-provider object version 1"
 _SHAPED_LAYOUT: Final = "vault-csi-provider object version 2"
+_KEY_LAYOUT: Final = "vault-csi-provider version key 1"
 # Of an optional object that Vault does not have. It is no secret, so it says so in words.
 ABSENT: Final = "absent"
 # Objects whose definitions are remembered: those of a node's 110 pods with ten objects each, several times over.
@@ -66,6 +67,16 @@ class Versions:
         return _version(key, definition, files[0][1]) if spec.plain else _shaped_version(key, definition, files)
 
 
+@functools.lru_cache(maxsize=1024)
+def key_of(key: bytes, pod_namespace: str, address: str, vault_namespace: str) -> bytes:
+    """The key of versions for pods of this Kubernetes namespace that read from this Vault.
+
+    With one key for all, whoever sees another's version could try guesses of its content: a class that asks another
+    Vault, or another namespace of it, for an object of the same definition is given the version of what it wrote there.
+    """
+    return hmac.digest(key, _written((_KEY_LAYOUT, pod_namespace, address, vault_namespace)), "sha256")
+
+
 def _version(key: bytes, definition: bytes, contents: bytes) -> str:
     mac = _keyed(key).copy()
     mac.update(definition)
@@ -82,9 +93,9 @@ def _shaped_version(key: bytes, definition: bytes, files: Sequence[tuple[str, by
     return mac.hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1024)
 def _keyed(key: bytes) -> hmac.HMAC:
-    """What each version begins with, to be copied: a daemon has one key, and to take it in is a third of the work."""
+    """What each version begins with, to be copied: a daemon has few keys, and to take one in is a third of the work."""
     return hmac.new(key, digestmod=hashlib.sha256)
 
 

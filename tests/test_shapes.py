@@ -32,7 +32,7 @@ from provider.sandbox.process import Outcome, Program, Result, Sandbox
 from provider.settings import MAX_MOUNT_BYTES, TlsSettings
 from provider.spc import Format, Login, MountSpec, ObjectSpec, Pod, SecretRequest, Source, Template, VaultServer
 from provider.telemetry.events import Event, ProgramEnded, Telemetry
-from provider.versions import Versions
+from provider.versions import Versions, key_of
 from tests.spc_classes import parse_class
 from tests.stand.ecommerce import EcommerceStand
 from tests.test_mount import Counted, Node, eventually, login_role, running
@@ -139,11 +139,12 @@ async def test_versions(node: Node, shop: EcommerceStand) -> None:
     first = await node.mounter.mount(spec)
     assert await node.mounter.mount(spec) == first
     assert [name for name, _ in first.versions] == ["k", "t"]
+    key = key_of(KEY, shop.pod.namespace, spec.server.address, spec.server.namespace)
     files = [(file.path, file.contents) for file in first.files if file.path != "t"]
-    assert dict(first.versions)["k"] == Versions().of(KEY, spec.objects[0], files)
+    assert dict(first.versions)["k"] == Versions().of(key, spec.objects[0], files)
     assert Versions().of(None, spec.objects[0], files) == ""
     versions = {
-        Versions().of(KEY, wanting(shop, f"- {{objectName: k, {APP}, {fields}}}").objects[0], files)
+        Versions().of(key, wanting(shop, f"- {{objectName: k, {APP}, {fields}}}").objects[0], files)
         for fields in (
             "secretKey: '*'",
             "secretKey: '*', includes: [a]",
@@ -170,9 +171,9 @@ async def test_versions(node: Node, shop: EcommerceStand) -> None:
         )
     }
     assert len(versions) == 22
-    assert Versions().of(KEY, spec.objects[0], [*files, ("k/z", b"")]) not in versions
-    assert Versions().of(KEY, spec.objects[0], [(files[0][0], files[0][1] + b"k/z")]) not in versions
-    assert Versions().of(KEY, wanting(shop, f"- {{objectName: k, {APP}}}").objects[0], [("k", b"")]) not in versions
+    assert Versions().of(key, spec.objects[0], [*files, ("k/z", b"")]) not in versions
+    assert Versions().of(key, spec.objects[0], [(files[0][0], files[0][1] + b"k/z")]) not in versions
+    assert Versions().of(key, wanting(shop, f"- {{objectName: k, {APP}}}").objects[0], [("k", b"")]) not in versions
 
 
 async def test_a_template_is_rendered_again_only_when_a_source_changed(

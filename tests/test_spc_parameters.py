@@ -13,6 +13,7 @@ from provider.cli import flags
 from provider.errors import Code, InvalidClass, InvalidSetting
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import Login, Parser, Pod, VaultServer, mounting_class, mounting_pod
+from provider.spc.parameters import MAX_LOGIN_TEXT
 from tests.spc_classes import GIVEN, OBJECT, TOKENS, attributes, fault, faults, parse, parse_class
 
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ3ZWIifQ.c2lnbmF0dXJl"
@@ -350,9 +351,21 @@ def test_a_password_in_an_address_is_not_shown(text: str) -> None:
     assert "hunter2" not in found
 
 
+@pytest.mark.parametrize("name", ["roleName", "vaultNamespace", "audience", "vaultAuthMountPath"])
+def test_what_makes_a_session_is_no_longer_than_it_need_be(name: str) -> None:
+    """Another one each time would fill memory, with a namespace of blanks even in mounts that succeed."""
+    most = "n" * MAX_LOGIN_TEXT
+    spec = parse_class(**{name: most})
+    assert most in (spec.login.role, spec.server.namespace, spec.login.audience, spec.login.mount)
+    for letter in ("n", " "):
+        told = faults(**{name: letter * (MAX_LOGIN_TEXT + 1)})[0]
+        assert told.startswith(f"{name}: has {MAX_LOGIN_TEXT + 1} characters (it may have {MAX_LOGIN_TEXT} characters)")
+
+
 def test_a_namespace_has_no_slashes_around_it() -> None:
     """A class's or the operator's; a single slash is the root namespace, and wins over the operator's."""
     assert parse_class(vaultNamespace="/team/web/").server.namespace == "team/web"
+    assert parse_class(vaultNamespace=" team/web ").server.namespace == "team/web"
     operators = Settings(vault_namespace="/team/")
     assert parse(attributes(), settings=operators).server.namespace == "team"
     assert parse(attributes(vaultNamespace="/"), settings=operators).server.namespace == ""

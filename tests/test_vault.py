@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 from email.utils import formatdate
@@ -628,6 +629,18 @@ class TestRetries:
         assert "Pw-" not in str(told.value)
         assert "q7Zk" not in str(told.value)
 
+    async def test_words_without_an_end(self, vault: Vault, faulty: Faulty) -> None:
+        """Of megabytes of single letters no more is taken apart than is looked through."""
+        faulty.on("x", refusal(400, "no such field", *["\u0100 " * 300_000] * 3))
+        tracemalloc.start()
+        try:
+            with pytest.raises(RequestRefused, match="no such field"):
+                await read(vault)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 40 * MIB  # the answer itself, as bytes and as text, is half of it
+
     async def test_tries_are_bounded(self, vault: Vault, faulty: Faulty) -> None:
         """A server that stays ill is asked five times, long before the deadline."""
         faulty.on("x", refusal(500, "internal error"))
@@ -930,6 +943,34 @@ class TestStrangeAnswers:
         with pytest.raises(LoginDenied, match=r"not printable ASCII") as told:
             await vault.login(LOGIN, Sensitive("jwt"), within())
         assert odd not in str(told.value)
+
+    async def test_login_of_the_providers_own_certificate(self, vault: Vault, faulty: Faulty) -> None:
+        """The cert method logs in whoever holds the connection: no pod is given that token, and it is revoked."""
+        own = token("hvs.of-the-provider", metadata={"cert_name": "node", "common_name": "node"})
+        faulty.on("auth/kubernetes/login", own)
+        faulty.on("auth/cert/login", own)
+        faulty.on("auth/token/revoke-self", Answer(204, b""))
+        with pytest.raises(LoginDenied, match=r"kubernetes/ is of the cert method.*name a mount of the kubernetes"):
+            await vault.login(LOGIN, Sensitive("jwt"), within())
+        with pytest.raises(RequestRefused, match=r"POST auth/cert/login is a login of the provider's own") as told:
+            await read(vault, with_body("POST", "auth/cert/login", {}))
+        assert "hvs." not in str(told.value)
+        revoked = [seen for seen in faulty.arrivals if seen.path.endswith("revoke-self")]
+        assert [seen.headers["x-vault-token"] for seen in revoked] == ["hvs.of-the-provider"] * 2
+
+    async def test_what_a_login_gives_is_bounded(self, vault: Vault, faulty: Faulty) -> None:
+        """It is kept for each session, so that a Vault of a tenant's could fill the node with it."""
+        long = "x" * 100_000
+        faulty.on("auth/kubernetes/login", token("hvs.new", accessor=long, entity_id=long))
+        auth = await vault.login(LOGIN, Sensitive("jwt"), within())
+        assert (auth.accessor, auth.entity_id) == ("", "")
+        faulty.on("auth/kubernetes/login", token("hvs." + long))
+        with pytest.raises(LoginDenied, match="too long"):
+            await vault.login(LOGIN, Sensitive("jwt"), within())
+        for policies in ([long], ["p"] * 100_000):
+            faulty.on("auth/kubernetes/login", token("hvs.new", policies=policies))
+            with pytest.raises(LoginDenied, match=r"policies of the token come to more than 16 KiB"):
+                await vault.login(LOGIN, Sensitive("jwt"), within())
 
     async def test_reprs_show_no_secret(self, vault: Vault, faulty: Faulty) -> None:
         """Neither an answer nor what a login gave shows its secret to whoever prints it."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from provider import versions
 from provider.redact import Sensitive
 from provider.spc.model import Encoding, ObjectSpec, SecretRequest
-from provider.versions import ABSENT, Versions
+from provider.versions import ABSENT, Versions, key_of
 from tests.spc_classes import parse_class, plain
 from tests.tools import ROOT
 
@@ -127,6 +127,21 @@ def test_bytes_that_change_fields_change_the_version(first: str, second: str, co
     moved = changed(name=letters[:split], request=SecretRequest(letters[split:], ""))
     equal = version_of(KEY, spec, content) == version_of(KEY, moved, content)
     assert equal == (spec == moved)
+
+
+def test_others_cannot_try_what_a_version_is_of() -> None:
+    """Pods of another namespace, and those that read from another Vault, have versions of their own."""
+    keys = {
+        key_of(KEY, "shop", "https://vault", ""),
+        key_of(KEY, "bank", "https://vault", ""),
+        key_of(KEY, "shop", "https://other", ""),
+        key_of(KEY, "shop", "https://vault", "team"),
+        key_of(KEY[::-1], "shop", "https://vault", ""),
+    }
+    assert len({version_of(key, SPEC, b"content") for key in keys}) == 5
+    page = (ROOT / "docs" / "decisions" / "object-versions.md").read_text()
+    (documented,) = re.findall(r"^    (\('vault-csi-provider version key 1'.*\))$", page, re.MULTILINE)
+    assert key_of(KEY, "shop", "https://vault.example:8200", "") == hmac.digest(KEY, documented.encode(), "sha256")
 
 
 def test_remembering_changes_no_version() -> None:

@@ -67,6 +67,8 @@ _MAX_NAME: Final = 253
 _MAX_LABEL: Final = 63
 # Of an address: no server's is longer.
 MAX_ADDRESS: Final = 2048
+# Characters of a role, an auth mount, an audience, and of a Vault namespace, which may be a path of several.
+MAX_LOGIN_TEXT: Final = 512
 _SCHEMES: Final = "write http://host:port, https://host:port or unix:///path/to/socket"
 
 
@@ -270,14 +272,16 @@ class Parameters:
             there = settings.vault_addr
         return VaultServer(
             address=there,
-            namespace=self._or("Namespace", settings.vault_namespace).strip("/"),
+            # Vault reads it from a header, whose blanks at both ends do not count.
+            namespace=(self._short(*self._clean("Namespace")) or settings.vault_namespace).strip(" /"),
             # Where the list is open, the operator's certificate goes along everywhere, as the Go providers have it.
             tls=self._tls(settings, operators_server=allowed.open or allowed.names(there)),
         )
 
     def login(self, settings: Settings) -> Login:
         """How the pod logs in."""
-        role, _ = self._folded("RoleName")
+        role, role_spelling = self._folded("RoleName")
+        self._short(role, role_spelling)
         if not role:
             self._findings.fault("roleName", "is missing", "name the Vault role to log in with")
         mount, mount_spelling = self._folded("AuthMountPath")
@@ -288,12 +292,12 @@ class Parameters:
                 f"is given besides {older_spelling} {show(older)}",
                 "remove one",
             )
-        given = mount or older
+        given = self._short(mount or older, mount_spelling if mount else older_spelling)
         where = f"{mount_spelling if mount else older_spelling} {show(given)}"
         return Login(
             mount=self._findings.attempt(where, paths.auth_mount, given, "") if given else settings.vault_mount,
             role=role,
-            audience=self.text("audience") or None,
+            audience=self._short(self.text("audience"), "audience") or None,
         )
 
     def refresh_after(self, settings: Settings) -> float:
@@ -329,6 +333,13 @@ class Parameters:
         if _CONTROL.search(value):
             self._findings.fault(f"{spelling} {show(value)}", "holds a control character", "remove it")
         return value, spelling
+
+    def _short(self, value: str, spelling: str) -> str:
+        """``value``, with a fault noted where it is longer than any that there is: each makes a session of its own."""
+        if len(value) > MAX_LOGIN_TEXT:
+            advice = f"it may have {MAX_LOGIN_TEXT} characters"
+            self._findings.fault(spelling, f"has {len(value)} characters", advice)
+        return value
 
     def _cas(self, operators: TlsSettings) -> tuple[str, str]:
         """The CA file and the CA directory, both of whoever names either.

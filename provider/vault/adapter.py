@@ -238,15 +238,23 @@ class VaultAdapter:
         for field in ("errors", "warnings"):
             said = body.get(field)
             if isinstance(said, list) and said:
-                texts = [" ".join(part.split()) for part in said if isinstance(part, str)]
-                return self._quoted("; ".join(texts), MAX_WORDS)
+                texts, left = [], MAX_SEARCHED
+                for part in said:
+                    if isinstance(part, str) and left > 0:
+                        # Cut first: of eight megabytes of blanks, each word would be an object.
+                        texts.append(" ".join(part[:left].split()))
+                        left -= len(part)
+                return self._quoted("; ".join(texts), MAX_WORDS, whole=left >= 0)
         return ""
 
-    def _quoted(self, text: str, limit: int) -> str:
-        """What the server said as a part of one line, without what it must not repeat to others."""
+    def _quoted(self, text: str, limit: int, *, whole: bool = True) -> str:
+        """What the server said as a part of one line, without what it must not repeat to others.
+
+        ``whole`` is whether ``text`` is all of it.
+        """
         if len(self._hidden) > MAX_HIDDEN:
             return "not quoted, since too many values would have to be hidden in it"
-        whole = len(text) <= MAX_SEARCHED
+        whole = whole and len(text) <= MAX_SEARCHED
         text = text[:MAX_SEARCHED]
         hidden = {value.reveal() for value in self._hidden}
         hidden |= {" ".join(value.split()) for value in hidden}  # as its errors are quoted

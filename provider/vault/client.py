@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections import OrderedDict
@@ -50,8 +51,12 @@ _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
 _HEADER_TEXT: Final = re.compile(r"[!-~]+")
 # A mount's path, type and version are kept for every mount that classes name: no longer than any is.
 MAX_MOUNT_TEXT: Final = 512
-# OpenBao's are UUIDs, of 36 characters; what is longer is none.
-MAX_REQUEST_ID: Final = 64
+# Of an id of Vault's: an accessor's, an entity's, a request's. They have some 40 characters; what is longer is none.
+MAX_ID: Final = 64
+# Of a token: a batch token with much in it has some KiB. And of the names of its policies, all together. Both are kept
+# for each session.
+MAX_TOKEN: Final = 8 * 1024
+MAX_POLICIES_TEXT: Final = 16 * 1024
 
 # What is told of the requests that are not a class's own.
 _TOKENS: Final = "auth/token/"
@@ -182,18 +187,31 @@ class Vault:
             raise LoginDenied(
                 "Vault's answer holds no token", "see whether a second factor (MFA) is enforced on the mount"
             )
-        if not _HEADER_TEXT.fullmatch(token):
+        if _is_of_the_certificate(auth):
+            await self._revoke_foreign(Sensitive(token), deadline)
             raise LoginDenied(
-                "the token in Vault's answer is not printable ASCII, so it cannot be sent in a header",
+                f"auth mount {login.mount}/ is of the cert method: it logs in the provider's own client certificate, "
+                "and not the pod",
+                "name a mount of the kubernetes or jwt method in vaultAuthMountPath",
+            )
+        if not _HEADER_TEXT.fullmatch(token) or len(token) > MAX_TOKEN:
+            raise LoginDenied(
+                "the token in Vault's answer is not printable ASCII, or too long, so it cannot be sent in a header",
                 "see what stands at vaultAddress: no Vault gives such tokens",
+            )
+        policies = _policies(auth)
+        if sum(map(len, policies)) + len(policies) > MAX_POLICIES_TEXT:
+            raise LoginDenied(
+                f"the policies of the token come to more than {MAX_POLICIES_TEXT // 1024} KiB of names",
+                "see what stands at vaultAddress, or give the role fewer policies",
             )
         return Auth(
             token=Sensitive(token),
-            accessor=_text(auth.get("accessor")),
+            accessor=_short(auth.get("accessor")),
             ttl=_seconds(auth.get("lease_duration")),
             renewable=bool(auth.get("renewable")),
-            entity_id=_text(auth.get("entity_id")),
-            policies=_policies(auth),
+            entity_id=_short(auth.get("entity_id")),
+            policies=policies,
             num_uses=int(_seconds(auth.get("num_uses"))),
             request_id=_request_id(answer),
         )
@@ -247,6 +265,13 @@ class Vault:
         except ProviderError as failure:
             error = failure
         else:
+            auth = answer.get("auth")
+            if isinstance(auth, dict) and _is_of_the_certificate(auth):
+                await self._revoke_foreign(Sensitive(_text(auth.get("client_token"))), deadline)
+                raise RequestRefused(
+                    f"{request} is a login of the provider's own client certificate, which is no pod's",
+                    "log in by roleName and vaultAuthMountPath, as the pod",
+                )
             return VaultSecret(
                 response=answer,
                 lease_id=_text(answer.get("lease_id")),
@@ -311,6 +336,12 @@ class Vault:
                 raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
             if not may_lookup:
                 raise RenewalRefused("the token may not revoke itself; its role lacks the default policy") from refusal
+
+    async def _revoke_foreign(self, token: Sensitive[str], deadline: float) -> None:
+        """Revoke a token that nobody here is to have. Where that fails it is left to end."""
+        if _HEADER_TEXT.fullmatch(token.reveal()):
+            with contextlib.suppress(ProviderError):
+                await self.revoke_token(token, deadline)
 
     async def token_lives(self, token: Sensitive[str], deadline: float) -> bool:
         """Whether ``lookup-self`` knows the token. Raises VaultUnavailable where nobody could say."""
@@ -563,9 +594,22 @@ def _values(request: SecretRequest) -> list[Sensitive[str]]:
     return found
 
 
+def _is_of_the_certificate(auth: Mapping[str, Any]) -> bool:
+    """Whether it is what the cert method gave: for the client certificate of the connection, and so for the provider's.
+
+    That method asks for neither role nor JWT. Source: https://openbao.org/docs/auth/cert/
+    """
+    metadata = auth.get("metadata")
+    return isinstance(metadata, dict) and "cert_name" in metadata
+
+
 def _request_id(answer: Mapping[str, Any]) -> str:
-    found = answer.get("request_id")
-    return found if isinstance(found, str) and len(found) <= MAX_REQUEST_ID else ""
+    return _short(answer.get("request_id"))
+
+
+def _short(value: object) -> str:
+    """An id of Vault's; what is longer than any of its ids counts as none."""
+    return value if isinstance(value, str) and len(value) <= MAX_ID else ""
 
 
 def _text(value: object) -> str:
