@@ -49,8 +49,9 @@ from provider.telemetry.events import (
     VaultRequest,
     Who,
 )
+from provider.telemetry.families import FAMILIES, MAX_FAILING, REQUEST_SECONDS, Family
 from provider.telemetry.http import Request
-from provider.telemetry.metrics import FAMILIES, MAX_FAILING, MAX_PATHS, MAX_SERIES, Metrics
+from provider.telemetry.metrics import MAX_PATHS, MAX_SERIES, Metrics
 from provider.telemetry.volumes import FAILING_SECONDS, UNSHOWN_SECONDS, Volumes
 from tests.scrape import OPENMETRICS, Scrape
 from tests.test_volumes import Hand, mounted, pod, refused
@@ -252,7 +253,7 @@ async def test_counts_that_are_known_beforehand_begin_with_zero() -> None:
     assert empty == late
 
 
-def _any_sample(family: metrics.Family) -> str:
+def _any_sample(family: Family) -> str:
     return f"{family.name}_count" if family.kind == "histogram" else family.sample
 
 
@@ -427,7 +428,7 @@ async def test_series_are_bounded_whatever_tenants_write() -> None:
     assert by_name["vault_csi_volume_failing_seconds"] == MAX_FAILING
     assert by_name["vault_csi_vault_away"] <= metrics.MAX_ADDRESSES + 2
     assert max(by_name["vault_requests_total"], by_name["vault_csi_mounts_total"]) <= MAX_SERIES + 1
-    buckets = len(metrics.REQUEST_SECONDS.buckets) + 1
+    buckets = len(REQUEST_SECONDS.buckets) + 1
     assert by_name["vault_request_duration_seconds_bucket"] <= (metrics.MAX_HISTOGRAMS + 1) * buckets
     assert len({labels["path"] for labels in scrape.labels("vault_requests_total")}) <= MAX_PATHS + 1
     assert len(scrape.samples) < 2500
@@ -543,7 +544,7 @@ def test_process_is_told_also_where_its_memory_is_private() -> None:
     assert not any(name.startswith("python_gc") for name in scrape.names)
 
 
-def table(families: Sequence[metrics.Family] = FAMILIES) -> str:
+def table(families: Sequence[Family] = FAMILIES) -> str:
     """The table of docs/metrics.md."""
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
     for family in families:

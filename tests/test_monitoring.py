@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from provider.cli.flags import FLAGS, parse
-from provider.telemetry.metrics import FAMILIES, FRESH_SECONDS, METHODS, STATUSES
+from provider.telemetry.families import FAMILIES
+from provider.telemetry.metrics import FRESH_SECONDS, METHODS, STATUSES
 from provider.telemetry.metrics import OTHER as ANY_OTHER
 from tests.live import DATABASE, STATIC, Cluster, Daemon, class_of
 from tests.scrape import Scrape

@@ -1,7 +1,7 @@
 """What Prometheus is told: counts of events, and the state at the moment of a scrape.
 
-Events are counted in dictionaries, and prometheus_client writes them down, imported by the first scrape
-(docs/decisions/metrics.md).
+Events are counted in dictionaries (docs/decisions/metrics.md). What is counted is in ``families``, and ``exposition``
+writes it down.
 
 Every label has values from a list that is known beforehand, or so many at most: whatever tenants write in their
 classes, a daemon has no more series than a server of metrics can bear from each node.
@@ -10,21 +10,20 @@ classes, a daemon has no more series than a server of metrics can bear from each
 from __future__ import annotations
 
 import asyncio
-import gzip
 import math
 import platform
 import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 from provider import __version__
 from provider.clock import Clock
 from provider.errors import Code, KubernetesUnavailable, LoginDenied, VaultUnavailable
 from provider.redact import one_line
 from provider.spc.model import VaultServer
+from provider.telemetry import exposition, families
 from provider.telemetry.events import (
     AuditLost,
     AuditOutage,
@@ -48,11 +47,10 @@ from provider.telemetry.events import (
     Telemetry,
     VaultRequest,
 )
+from provider.telemetry.exposition import Labels, Values
+from provider.telemetry.families import MAX_FAILING, Family
 from provider.telemetry.http import Answer, Request
 from provider.telemetry.volumes import Remount, Volume, Volumes
-
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
 
 # What stands for all values of a label that have no room of their own.
 OTHER: Final = "other"
@@ -62,9 +60,6 @@ MAX_PATHS: Final = 30
 MAX_SERIES: Final = 500
 # Histograms have a dozen series each.
 MAX_HISTOGRAMS: Final = 60
-# Pods that are named since their mounts fail, those first that have been failing longest: enough to look at, and a
-# whole node's pods may fail when Vault does.
-MAX_FAILING: Final = 50
 # Vaults that are named since they do not answer. Classes name them.
 MAX_ADDRESSES: Final = 20
 # Of the texts of tenants that are labels: a pod's name has 253 characters at most, and so has a host's.
@@ -87,167 +82,10 @@ SUCCESSES: Final = frozenset({200, 202, 204})
 # What ends a program (provider.sandbox).
 LIMITS: Final = ("cpu", "memory", "output", "time")
 
-OPENMETRICS: Final = "application/openmetrics-text"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Metrics of one name, as OpenMetrics has it: a counter's samples have ``_total`` behind it, an info's ``_info``.
-
-    ``buckets`` are a histogram's upper bounds.
-    """
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram", "info"]
-    labels: tuple[str, ...]
-    meaning: str
-    unit: str = ""
-    buckets: tuple[float, ...] = ()
-
-    @property
-    def sample(self) -> str:
-        """The name to ask Prometheus for; a histogram's has ``_bucket``, ``_count`` and ``_sum`` behind it."""
-        return self.name + {"counter": "_total", "info": "_info"}.get(self.kind, "")
-
-
-REQUESTS: Final = Family(
-    "vault_requests",
-    "counter",
-    ("method", "path", "status"),
-    "HTTP requests to Vault. path is the auth or engine mount; status is none where no answer came. Those of the "
-    "daemon's own auth mount are known beforehand.",
-)
-LOOKS: Final = Family(
-    "vault_csi_vault_looks",
-    "counter",
-    ("status",),
-    "Looks at Vaults that do not answer, one a second at most, by what came; none where nothing did. They are none of "
-    "the requests.",
-)
-REQUEST_SECONDS: Final = Family(
-    "vault_request_duration_seconds",
-    "histogram",
-    ("method", "path"),
-    "Seconds from sending a request to Vault to its answer, of those that were answered.",
-    "seconds",
-    (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
-)
-ROTATIONS: Final = Family(
-    "secret_rotation",
-    "counter",
-    ("secret_type", "status"),
-    "Objects that a re-mount changed (status success), and for each failed re-mount the secret types of its volume "
-    "(status error).",
-)
-MOUNTS: Final = Family("vault_csi_mounts", "counter", ("code",), "Mounts by the gRPC code of their answer.")
-MOUNT_SECONDS: Final = Family(
-    "vault_csi_mount_duration_seconds",
-    "histogram",
-    ("outcome",),
-    "Seconds that a mount took.",
-    "seconds",
-    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
-)
-REMOUNT_FAILURES: Final = Family(
-    "vault_csi_remount_failures",
-    "counter",
-    ("code",),
-    "Mounts that failed of volumes that had been mounted: their pods run on with what they have, and nobody is told.",
-)
-OBJECTS: Final = Family("vault_csi_mounted_objects", "counter", (), "Objects of the mounts that succeeded.")
-FILES: Final = Family("vault_csi_mounted_files", "counter", (), "Files of the mounts that succeeded.")
-BYTES: Final = Family(
-    "vault_csi_mounted_bytes", "counter", (), "Bytes of the files of the mounts that succeeded.", "bytes"
-)
-ANSWERS: Final = Family(
-    "vault_csi_answers",
-    "counter",
-    ("supply",),
-    "Distinct reads of the mounts that succeeded: asked of Vault (read), a lease or certificate that the pod has "
-    "(kept), or younger than refreshAfter (remembered).",
-)
-SHARED: Final = Family(
-    "vault_csi_shared_reads", "counter", (), "Reads that took the answer to another pod's that was under way."
-)
-LOGINS: Final = Family(
-    "vault_csi_logins",
-    "counter",
-    ("path", "outcome"),
-    "Logins by auth mount: success, denied by Vault, no_token (Kubernetes gave none), unanswered, or failed otherwise.",
-)
-ISSUED: Final = Family(
-    "vault_csi_issued", "counter", ("secret_type",), "Leases and certificates that Vault gave to pods."
-)
-RENEWALS: Final = Family(
-    "vault_csi_renewals",
-    "counter",
-    ("what", "outcome"),
-    "Renewals of tokens and leases: renewed, refused (it lives to its end), gone, or unanswered and tried again.",
-)
-REVOCATIONS: Final = Family(
-    "vault_csi_revocations",
-    "counter",
-    ("outcome",),
-    "Revocations of tokens: revoked, batch (a batch token, which none can revoke), refused (left to expire), or "
-    "unanswered and tried again.",
-)
-SWEEPS: Final = Family(
-    "vault_csi_sweeps",
-    "counter",
-    ("outcome",),
-    "Looks for pods that are gone: done, or failed, which revokes nothing.",
-)
-GONE: Final = Family("vault_csi_pods_gone", "counter", (), "Pods that were found gone, and whose tokens are revoked.")
-KILLS: Final = Family(
-    "vault_csi_template_kills", "counter", ("limit",), "Templates and expressions ended by force, by their limit."
-)
-LOG_LOST: Final = Family(
-    "vault_csi_log_lines_lost", "counter", (), "Lines of the log that found no room, as stderr was not read."
-)
-AUDIT_LOST: Final = Family("vault_csi_audit_lines_lost", "counter", (), "Lines of the audit log that were not written.")
-AUDIT_OUTAGE: Final = Family(
-    "vault_csi_audit_outage", "gauge", (), "1 while the audit log cannot be written, and its lines wait."
-)
-SESSIONS: Final = Family("vault_csi_sessions", "gauge", (), "Sessions of pods with Vault.")
-LEASES: Final = Family("vault_csi_leases", "gauge", ("secret_type",), "Leases and certificates that are kept for pods.")
-EARLIEST_END: Final = Family(
-    "vault_csi_lease_earliest_end_seconds",
-    "gauge",
-    ("renewal",),
-    "Seconds to the end of the lease or certificate that ends first: of those that are going to be renewed (due), of "
-    "those that a re-mount is going to replace in time (remount), and of those that nothing is known to follow (over); "
-    "+Inf where there is none.",
-    "seconds",
-)
-AWAY: Final = Family(
-    "vault_csi_vault_away",
-    "gauge",
-    ("address", "known"),
-    "1 for a Vault that does not answer, so that mounts are refused at once. The one of the daemon's flags is always "
-    "here, and known; so is one that has answered this daemon. Another (false) may be a slip in a class.",
-)
-FAILING: Final = Family(
-    "vault_csi_failing_volumes", "gauge", (), "Volumes whose last mount failed, and that are still tried."
-)
-FAILING_SECONDS: Final = Family(
-    "vault_csi_volume_failing_seconds",
-    "gauge",
-    ("pod_namespace", "pod_name", "mounted"),
-    "Seconds from the first to the last failed mount of a pod's volume, while its mounts fail: 0 after one failure. "
-    "mounted says whether one had succeeded, so that the pod runs with what it had. "
-    f"The {MAX_FAILING} pods that have been failing longest.",
-    "seconds",
-)
-BUILD: Final = Family("vault_csi_build", "info", ("version", "python"), "The daemon's version, and Python's.")
-
-# All of the above, in their order.
-FAMILIES: Final = tuple(found for found in vars().values() if isinstance(found, Family))
-
-Labels: TypeAlias = tuple[str, ...]
-Values: TypeAlias = dict[Labels, float] | dict[Labels, tuple[float, ...]]
-"""By label values: a number; of a histogram how many fell into each bucket and beyond the last, and the sum."""
 BATCH: Final = "batch"
 _OUTCOMES: Final = ("success", "denied", "no_token", "unanswered", "failed")
+
+OPENMETRICS: Final = "application/openmetrics-text"
 
 
 class Counter:
@@ -320,26 +158,30 @@ class Metrics:
         kinds = [kind.value for kind in Kind]
         login = next(iter(self._paths.values()))
         logins = [("POST", login, status) for status in ("200", "400", "403", "503", NO_ANSWER)]
-        self.requests = Counter(REQUESTS, logins)
-        self.looks = Counter(LOOKS, [("503",), (NO_ANSWER,)])
-        self.request_seconds = Histogram(REQUEST_SECONDS)
-        self.rotations = Counter(ROTATIONS, [(kind, status) for kind in kinds for status in ("success", "error")])
-        self.mounts = Counter(MOUNTS, [("OK",), *codes])
-        self.mount_seconds = Histogram(MOUNT_SECONDS, [("success",), ("error",)])
-        self.remount_failures = Counter(REMOUNT_FAILURES, codes)
-        self.objects = Counter(OBJECTS)
-        self.files = Counter(FILES)
-        self.bytes = Counter(BYTES)
-        self.answers = Counter(ANSWERS, [(supply.value,) for supply in Supply])
-        self.shared = Counter(SHARED)
-        self.logins = Counter(LOGINS, [(login, outcome) for outcome in _OUTCOMES])
-        self.issued = Counter(ISSUED, [(Kind.LEASED.value,), (Kind.ISSUED.value,)])
-        self.renewals = Counter(RENEWALS, [(what, each.value) for what in ("token", "lease") for each in Renewing])
-        self.revocations = Counter(REVOCATIONS, [(BATCH,), *((each.value,) for each in Revoking)])
-        self.sweeps = Counter(SWEEPS, [("done",), ("failed",)])
-        self.gone = Counter(GONE)
-        self.kills = Counter(KILLS, [(limit,) for limit in LIMITS])
-        self.audit_lost = Counter(AUDIT_LOST)
+        self.requests = Counter(families.REQUESTS, logins)
+        self.looks = Counter(families.LOOKS, [("503",), (NO_ANSWER,)])
+        self.request_seconds = Histogram(families.REQUEST_SECONDS)
+        self.rotations = Counter(
+            families.ROTATIONS, [(kind, status) for kind in kinds for status in ("success", "error")]
+        )
+        self.mounts = Counter(families.MOUNTS, [("OK",), *codes])
+        self.mount_seconds = Histogram(families.MOUNT_SECONDS, [("success",), ("error",)])
+        self.remount_failures = Counter(families.REMOUNT_FAILURES, codes)
+        self.objects = Counter(families.OBJECTS)
+        self.files = Counter(families.FILES)
+        self.bytes = Counter(families.BYTES)
+        self.answers = Counter(families.ANSWERS, [(supply.value,) for supply in Supply])
+        self.shared = Counter(families.SHARED)
+        self.logins = Counter(families.LOGINS, [(login, outcome) for outcome in _OUTCOMES])
+        self.issued = Counter(families.ISSUED, [(Kind.LEASED.value,), (Kind.ISSUED.value,)])
+        self.renewals = Counter(
+            families.RENEWALS, [(what, each.value) for what in ("token", "lease") for each in Renewing]
+        )
+        self.revocations = Counter(families.REVOCATIONS, [(BATCH,), *((each.value,) for each in Revoking)])
+        self.sweeps = Counter(families.SWEEPS, [("done",), ("failed",)])
+        self.gone = Counter(families.GONE)
+        self.kills = Counter(families.KILLS, [(limit,) for limit in LIMITS])
+        self.audit_lost = Counter(families.AUDIT_LOST)
         self._counters = [found for found in vars(self).values() if isinstance(found, Counter)]
         self._histograms = [found for found in vars(self).values() if isinstance(found, Histogram)]
         self._audit_outage = False
@@ -397,8 +239,8 @@ class Metrics:
         self.objects.add(by=len(event.spec.objects))
         self.files.add(by=event.files)
         self.bytes.add(by=event.size)
-        for supply, count in ((Supply.READ, event.read), (Supply.KEPT, event.kept)):
-            self.answers.add(supply.value, by=count)
+        self.answers.add(Supply.READ.value, by=event.read)
+        self.answers.add(Supply.KEPT.value, by=event.kept)
         self.answers.add(Supply.REMEMBERED.value, by=event.remembered)
         change = self._volumes.change(event)
         if change.changed:
@@ -457,7 +299,9 @@ class Metrics:
             at, answer = self._written.get((openmetrics, packed), (-math.inf, None))
             if answer is None or time.monotonic() > at + FRESH_SECONDS:
                 # The state is taken in the loop, where nothing changes meanwhile; writing it down takes longer.
-                answer = await asyncio.to_thread(_write, list(self._state()), openmetrics, packed)
+                answer = await asyncio.to_thread(
+                    exposition.write, list(self._state()), openmetrics=openmetrics, packed=packed
+                )
                 self._written[openmetrics, packed] = (time.monotonic(), answer)
             return answer
 
@@ -466,14 +310,14 @@ class Metrics:
             yield counter.family, dict(counter.values)
         for histogram in self._histograms:
             yield histogram.family, {labels: tuple(found) for labels, found in histogram.values.items()}
-        yield _one(LOG_LOST, self._lines_lost())
-        yield _one(AUDIT_OUTAGE, self._audit_outage)
-        yield AWAY, self._addresses()
+        yield _one(families.LOG_LOST, self._lines_lost())
+        yield _one(families.AUDIT_OUTAGE, self._audit_outage)
+        yield families.AWAY, self._addresses()
         failing = self._volumes.failing()
-        yield _one(FAILING, len(failing))
-        yield FAILING_SECONDS, self._longest(failing)
+        yield _one(families.FAILING, len(failing))
+        yield families.FAILING_SECONDS, self._longest(failing)
         yield from self._held(self._views())
-        yield _one(BUILD, 1, __version__, platform.python_version())
+        yield _one(families.BUILD, 1, __version__, platform.python_version())
 
     def _held(self, views: Sequence[SessionView]) -> Iterator[tuple[Family, Values]]:
         leases: dict[Labels, float] = {(kind.value,): 0 for kind in (Kind.LEASED, Kind.ISSUED)}
@@ -486,9 +330,9 @@ class Metrics:
                 if not view.idle:
                     renewal = "due" if lease.renewed else "remount" if self._replaced(lease.left, remount) else "over"
                     ends[(renewal,)] = min(ends[(renewal,)], lease.left)
-        yield _one(SESSIONS, len(views))
-        yield LEASES, leases
-        yield EARLIEST_END, ends
+        yield _one(families.SESSIONS, len(views))
+        yield families.LEASES, leases
+        yield families.EARLIEST_END, ends
 
     def _replaced(self, left: float, remount: Remount) -> bool:
         """Whether what has ``left`` seconds is replaced by the pod's next mount, or its pod may be gone by now."""
@@ -530,49 +374,3 @@ def _one(family: Family, value: float, *labels: str) -> tuple[Family, Values]:
 def _label(text: str) -> str:
     """A tenant's text as a label's value: of one line, and such that it can be encoded."""
     return one_line(text, MAX_LABEL)
-
-
-def _write(state: Sequence[tuple[Family, Values]], openmetrics: bool, packed: bool) -> Answer:
-    from prometheus_client import CollectorRegistry, ProcessCollector, exposition
-    from prometheus_client.openmetrics import exposition as openmetrics_exposition
-
-    # A registry of our own, for this scrape alone: the library's global one is nobody's.
-    registry = CollectorRegistry()
-    registry.register(_State(state))
-    ProcessCollector(registry=registry)
-    if openmetrics:
-        body, kind = openmetrics_exposition.generate_latest(registry), openmetrics_exposition.CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
-    else:
-        body, kind = exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
-    if packed:
-        return Answer(gzip.compress(body, 5, mtime=0), content_type=kind, headers={"Content-Encoding": "gzip"})
-    return Answer(body, content_type=kind)
-
-
-class _State:
-    """The state of one moment, as prometheus_client takes it."""
-
-    def __init__(self, state: Sequence[tuple[Family, Values]]) -> None:
-        self._state = state
-
-    def collect(self) -> Iterable[Metric]:
-        from prometheus_client.core import Metric
-
-        for family, values in self._state:
-            metric = Metric(family.name, family.meaning, family.kind, family.unit)
-            for found, value in values.items():
-                labels = dict(zip(family.labels, found, strict=True))
-                if isinstance(value, tuple):
-                    _add_histogram(metric, labels, family.buckets, value)
-                else:
-                    metric.add_sample(family.sample, labels, float(value))
-            yield metric
-
-
-def _add_histogram(metric: Metric, labels: dict[str, str], bounds: Sequence[float], counts: Sequence[float]) -> None:
-    below = 0.0
-    for bound, count in zip((*map(str, bounds), "+Inf"), counts[:-1], strict=True):
-        below += count
-        metric.add_sample(f"{metric.name}_bucket", {**labels, "le": bound}, below)
-    metric.add_sample(f"{metric.name}_count", labels, below)
-    metric.add_sample(f"{metric.name}_sum", labels, counts[-1])
