@@ -316,8 +316,8 @@ def test_revocation(listener: Listener, outcome: Revoking) -> None:
 
 def test_other_events_are_none_of_its(listener: Listener) -> None:
     """Requests to Vault and reads that are shared have no line: each mount has that of what it got."""
-    assert listener(VaultRequest(SERVER, "GET", "secret/", 200, 0.1)) == []
-    assert listener(ReadShared(SERVER)) == []
+    assert listener(VaultRequest("GET", "secret/", 200, 0.1)) == []
+    assert listener(ReadShared()) == []
 
 
 def test_nobody_starts_a_line_nor_brings_a_token_in(listener: Listener) -> None:

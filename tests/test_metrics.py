@@ -106,7 +106,7 @@ class Told:
 
 
 def request(status: int = 200, *, mount: str = "secret/", method: str = "GET", seconds: float = 0.02) -> VaultRequest:
-    return VaultRequest(SERVER, method, mount, status, seconds)
+    return VaultRequest(method, mount, status, seconds)
 
 
 def login(error: ProviderError | None, mount: str = "kubernetes") -> LoggedIn:
@@ -156,15 +156,15 @@ COUNTED: list[tuple[Event, dict[tuple[str, ...], float]]] = [
         Revocation(WHO, "", Revoking.REFUSED, "pod gone", "", 0.1),
         {("vault_csi_revocations_total", "batch"): 1},
     ),
-    (ReadShared(SERVER), {("vault_csi_shared_reads_total",): 1}),
+    (ReadShared(), {("vault_csi_shared_reads_total",): 1}),
     (Swept("", 3), {("vault_csi_sweeps_total", "done"): 1, ("vault_csi_pods_gone_total",): 3}),
     (Swept("cut short", 0), {("vault_csi_sweeps_total", "failed"): 1}),
     (ProgramEnded("cpu"), {("vault_csi_template_kills_total", "cpu"): 1}),
     (AuditLost(7), {("vault_csi_audit_lines_lost_total",): 7}),
     (AuditOutage(began=True), {("vault_csi_audit_outage",): 1}),
     (BreakerChanged(SERVER, open=True, answered=False), {("vault_csi_vault_away", ADDRESS, "true"): 1}),
-    (Looked(SERVER, 503), {("vault_csi_vault_looks_total", "503"): 1}),
-    (Looked(SERVER, 0), {("vault_csi_vault_looks_total", "none"): 1}),
+    (Looked(503), {("vault_csi_vault_looks_total", "503"): 1}),
+    (Looked(0), {("vault_csi_vault_looks_total", "none"): 1}),
 ]
 
 
@@ -414,9 +414,9 @@ async def test_series_are_bounded_whatever_tenants_write() -> None:
         text = f"tenant-{number}"
         server = VaultServer(f"https://{text}", "", TlsSettings())
         told.tell(
-            VaultRequest(server, text if number % 2 else "GET", f"{text}/", 200, 0.1),
-            VaultRequest(server, "PUT", f"{text}/", 100 + number % 500, 0.1),
-            VaultRequest(server, "LIST", f"{text}/", 404, 0.1),
+            VaultRequest(text if number % 2 else "GET", f"{text}/", 200, 0.1),
+            VaultRequest("PUT", f"{text}/", 100 + number % 500, 0.1),
+            VaultRequest("LIST", f"{text}/", 404, 0.1),
             login(None if number % 2 else LoginDenied("no"), text),
             mounted({text: "1"}, name=text),
             refused(name=text, code=text),

@@ -71,7 +71,7 @@ class SharedReads:
             if isinstance(shared, VaultUnreachable):
                 raise VaultUnreachable(shared.what, shared.advice)  # who waited for it has no time to wait once more
             if shared is not None:
-                self._telemetry.record(ReadShared(vault.server))
+                self._telemetry.record(ReadShared())
                 return shared
             # It failed, but under another pod's token, within another mount's time and room.
             return await vault.read(request, auth.token, deadline, mount=engine.path, resend=again, room=room)

@@ -38,7 +38,6 @@ class VaultRequest(NamedTuple):
     sent to when its answer was read.
     """
 
-    server: VaultServer
     method: str
     mount: str
     status: int
@@ -48,7 +47,6 @@ class VaultRequest(NamedTuple):
 class Looked(NamedTuple):
     """A Vault that did not answer was looked at: ``status`` is 0 where it still does not."""
 
-    server: VaultServer
     status: int
 
 
@@ -210,8 +208,6 @@ class Revocation:
 @dataclass(frozen=True, slots=True)
 class ReadShared:
     """A pod got the answer to a read that another one, which Vault cannot tell from it, had sent already."""
-
-    server: VaultServer
 
 
 @dataclass(frozen=True, slots=True)

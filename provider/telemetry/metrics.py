@@ -216,7 +216,7 @@ class Metrics:
             telemetry.listen(taker, kind)
 
     def _requested(self, event: VaultRequest) -> None:
-        _, method, mount, status, seconds = event
+        method, mount, status, seconds = event
         if method not in METHODS:
             method = OTHER
         path = self._paths.get(mount)

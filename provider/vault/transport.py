@@ -189,7 +189,7 @@ class Transport:
             answer = await self._exchange(pool, Request("GET", HEALTH, {}, None, "sys/", Asker()))
             status = answer.status
         finally:
-            self._telemetry.record(Looked(self.server, status))
+            self._telemetry.record(Looked(status))
             pool.close()
         return _trouble(answer)
 
@@ -210,7 +210,7 @@ class Transport:
             raise
         finally:
             seconds = time.monotonic() - began
-            self._telemetry.record(VaultRequest(self.server, request.method, request.mount, status, seconds))
+            self._telemetry.record(VaultRequest(request.method, request.mount, status, seconds))
             self.watch.ended(flight, status, failure)
 
     async def _exchange(self, pool: Pool, request: Request) -> Answer:
