@@ -11,11 +11,11 @@ from provider.vault.client import (
     Renewed,
     Vault,
     VaultSecret,
-    VaultServers,
     import_calls,
 )
 from provider.vault.failures import VaultUnreachable
 from provider.vault.memory import Held, Memory, NoRoom, Room, size_parsed
+from provider.vault.servers import VaultServers
 
 __all__ = [
     "Auth",
