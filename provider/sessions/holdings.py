@@ -14,7 +14,7 @@ from typing import Final
 from provider.clock import Clock
 from provider.errors import ProviderError
 from provider.sessions.lifetime import Lifetime, must_replace
-from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume, request_size
+from provider.sessions.model import Answers, HeldToken, Kept, Read, Volume
 from provider.sessions.snapshot import Snapshot, merge
 from provider.settings import MAX_OBJECTS
 from provider.spc import SecretRequest
@@ -201,7 +201,7 @@ class Holdings:
         # Given back before it is asked for anew.
         shown.held = None
         if shown.answers:
-            sizes = [secret.size + request_size(request) for request, (secret, _) in shown.answers.items()]
+            sizes = [secret.size + request.size for request, (secret, _) in shown.answers.items()]
             shown.held = self._lend_to_remember(sum(sizes))
             if shown.held is None:
                 shown.answers, lasting = {}, False  # read once more by the next mount

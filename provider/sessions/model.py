@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -133,7 +132,7 @@ class Kept:
     @property
     def size(self) -> int:
         """About how many bytes it takes in memory."""
-        return self.secret.size + request_size(self.request) + KEPT_OVERHEAD_BYTES
+        return self.secret.size + self.request.size + KEPT_OVERHEAD_BYTES
 
     def lives(self, now: float) -> bool:
         """Whether Vault still holds it: a lease dies with its token, or the last use of it, a certificate does not."""
@@ -196,13 +195,6 @@ class Volume:
         if self.mounted_at is not None:
             self.gaps.append(now - self.mounted_at)
         self.mounted_at = now
-
-
-def request_size(request: SecretRequest) -> int:
-    """How many bytes the texts of a request take in memory."""
-    query = sum([sys.getsizeof(name) + sys.getsizeof(value) for name, value in request.query])
-    body = sys.getsizeof(request.body.reveal()) if request.body is not None else 0
-    return sys.getsizeof(request.path) + query + body
 
 
 def _middle(gaps: Sequence[float]) -> float:

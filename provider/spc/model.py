@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
@@ -75,6 +76,13 @@ class SecretRequest(NamedTuple):
         """The path as messages show it: of its query the version alone, since the rest may be a secret."""
         versions = [value for name, value in self.query if name == "version" and value.isdecimal()]
         return f"{self.path}?version={versions[0][:20]}" if versions else self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes that its texts take in memory."""
+        query = sum([sys.getsizeof(name) + sys.getsizeof(value) for name, value in self.query])
+        body = sys.getsizeof(self.body.reveal()) if self.body is not None else 0
+        return sys.getsizeof(self.path) + query + body
 
     def __str__(self) -> str:
         return f"{self.method} {self.shown}"

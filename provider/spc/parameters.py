@@ -61,7 +61,6 @@ _OF_POD: Final = re.compile(
 )
 _OF_CLASS: Final = re.compile(rf'(?<!\\)"{CLASS_NAME}"\s*:\s*"([^"\\]{{1,253}})"')
 _SPACE: Final = (" ", "\t", "\r", "\n")
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Of a host's name, and of what is between its dots.
 _MAX_NAME: Final = 253
 _MAX_LABEL: Final = 63
@@ -330,7 +329,7 @@ class Parameters:
     def _clean(self, name: str) -> tuple[str, str]:
         """As ``_folded``, with a control character noted."""
         value, spelling = self._folded(name)
-        if _CONTROL.search(value):
+        if paths.CONTROL.search(value):
             self._findings.fault(f"{spelling} {show(value)}", "holds a control character", "remove it")
         return value, spelling
 

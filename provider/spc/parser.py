@@ -234,10 +234,7 @@ def _size(spec: ObjectSpec) -> int:
 
 
 def _source_size(source: Source) -> int:
-    request = source.request
-    body = _bytes(request.body.reveal()) if request.body else 0
-    query = sum(_bytes(name) + _bytes(value) for name, value in request.query)
-    return _bytes(source.jmes_path or "") + _bytes(request.path) + body + query
+    return source.request.size + _bytes(source.jmes_path or "")
 
 
 def _bytes(text: str) -> int:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from provider.settings import MAX_PATH_BYTES, MAX_PATH_ELEMENT_BYTES
 from provider.spc.findings import Refused
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Far more than any request takes, and few enough to be nothing in memory.
 _MAX_QUERY_FIELDS: Final = 1000
 _DOTS: Final = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\;])")
@@ -63,7 +63,7 @@ def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     A slash at the end goes, as Go's clients join paths: Vault answers 500 to a read of ``secret/data/app/``, and a list
     needs none.
     """
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         raise Refused("holds a control character", "remove it")
     if text.startswith(("http://", "https://")):
         raise Refused("is a URL", "write the path alone, for example secret/data/app; the server is vaultAddress")
@@ -79,7 +79,7 @@ def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 def auth_mount(text: str) -> str:
     """The name of an auth mount: no slashes around it, no leading ``auth/``. Raises Refused."""
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         raise Refused("holds a control character", "remove it")
     mount = _fold(text).strip("/").removeprefix("auth/")
     if not mount:
