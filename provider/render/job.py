@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from provider.errors import BadSecret, ProviderError
 from provider.redact import one_line
 from provider.render.contents import MAX_FILES, Files, RenderedFile
-from provider.render.values import data_of, formatted, missing, object_name, render_plain, value_of, written
+from provider.render.values import (
+    data_of,
+    formatted,
+    key_count,
+    missing,
+    object_name,
+    render_plain,
+    value_of,
+    written,
+)
 from provider.settings import MAX_MOUNT_BYTES, MIB
 from provider.spc import paths
 from provider.spc.findings import Refused
@@ -192,9 +201,10 @@ def _file_for_each_key(spec: ObjectSpec, shape: AllKeys, data: Mapping[str, Any]
             "leave it out by excludes, or rename it in Vault",
         )
     if not files:
-        count = f"{len(data)} key" if len(data) == 1 else f"{len(data)} keys"
         raise missing(
-            spec, f"no key of {spec.request} is left (it has {count})", "check includes, excludes and secretPath"
+            spec,
+            f"no key of {spec.request} is left (it has {key_count(data)})",
+            "check includes, excludes and secretPath",
         )
     return tuple(files)
 
@@ -262,7 +272,7 @@ def _has_certificate(spec: ObjectSpec, data: Mapping[str, Any]) -> None:
     if "certificate" not in data:
         raise missing(
             spec,
-            f'{spec.request} has no key "certificate" (it has {len(data)} key{"" if len(data) == 1 else "s"})',
+            f'{spec.request} has no key "certificate" (it has {key_count(data)})',
             "name its keys certificate, private_key and ca_chain, as Vault's PKI engine does, or make a template of it",
         )
 

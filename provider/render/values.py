@@ -58,7 +58,7 @@ def render_plain(spec: ObjectSpec, response: Mapping[str, Any]) -> bytes:
         raise _no_data(spec, spec.request)
     whole = {field: response.get(field, absent) for field, absent in _WHOLE.items()}
     whole["request_id"] = ""
-    return written(spec, whole, Encoding.UTF8, Format.JSON, f"{spec.request}")
+    return written(spec, whole, Encoding.UTF8, Format.JSON, str(spec.request))
 
 
 def data_of(spec: ObjectSpec, request: SecretRequest, response: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -170,6 +170,11 @@ def object_name(spec: ObjectSpec) -> str:
     return f'object "{spec.name}"'
 
 
+def key_count(keys: Mapping[str, Any]) -> str:
+    """How an error tells the keys that are there: their number alone, since the class does not name them."""
+    return f"{len(keys)} key" if len(keys) == 1 else f"{len(keys)} keys"
+
+
 def _no_data(spec: ObjectSpec, request: SecretRequest) -> SecretNotFound:
     return SecretNotFound(
         f"{object_name(spec)}: the answer to {request} has no data",
@@ -178,10 +183,9 @@ def _no_data(spec: ObjectSpec, request: SecretRequest) -> SecretNotFound:
 
 
 def _no_key(spec: ObjectSpec, request: SecretRequest, key: str, keys: Mapping[str, Any]) -> SecretNotFound:
-    count = f"{len(keys)} key" if len(keys) == 1 else f"{len(keys)} keys"
     folded = key.casefold()
     if any(name.casefold() == folded for name in keys):
         advice = "check secretKey; a key that differs only in upper and lower case is there"
     else:
         advice = "check secretKey, or leave it out to mount the whole response"
-    return SecretNotFound(f'{object_name(spec)}: {request} has no key "{key}" (it has {count})', advice)
+    return SecretNotFound(f'{object_name(spec)}: {request} has no key "{key}" (it has {key_count(keys)})', advice)
