@@ -241,7 +241,8 @@ def _answer(result: MountResult) -> bytes:
     if not result.files or not result.versions:
         # docs/contract.md section 1: the driver would keep the volume's old files, and call it a success.
         raise ProviderError("the mount came to no file at all", f"this is a bug in {RUNTIME_NAME}: report it")
-    if sum([len(file.contents) for file in result.files]) <= MAX_MOUNT_BYTES:
+    size = sum([len(file.contents) for file in result.files])
+    if size <= MAX_MOUNT_BYTES:
         response = pb.MountResponse(
             files=[pb.File(path=file.path, mode=file.mode, contents=file.contents) for file in result.files],
             object_version=[pb.ObjectVersion(id=name, version=version) for name, version in result.versions],
@@ -250,6 +251,4 @@ def _answer(result: MountResult) -> bytes:
         size = len(data)
         if size <= MAX_MOUNT_BYTES:
             return data
-    else:
-        size = sum(len(file.contents) for file in result.files)
     raise too_large(f"its {len(result.files)} files come to", size, result.files)
