@@ -180,8 +180,8 @@ def test_latest_mounts_and_errors_come_first() -> None:
     for name in ("b", "a"):
         clock.time += 1
         known.take(mounted({"x": "1"}, name=name))
-    assert [volume.pod.name for volume in known.recent_mounts(5)] == ["a", "b"]
-    assert [volume.pod.name for volume in known.recent_errors(2)] == ["c", "b"]
+    assert [volume.pod.name for volume in known.recent_mounts()] == ["a", "b"]
+    assert [volume.pod.name for volume in known.recent_errors()][:2] == ["c", "b"]
 
 
 def test_kinds_are_those_of_the_last_change() -> None:
@@ -231,7 +231,7 @@ def test_other_events_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         telemetry.record(ProgramEnded("cpu"))
     assert caplog.messages == []
-    assert known.recent_mounts(1) == known.recent_errors(1) == []
+    assert known.recent_mounts() == known.recent_errors() == []
     telemetry.record(mounted({"a": "1"}))
     telemetry.record(refused(name="other"))
-    assert len(known.recent_mounts(2)) == len(known.recent_errors(2)) == 1
+    assert len(known.recent_mounts()) == len(known.recent_errors()) == 1

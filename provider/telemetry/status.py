@@ -20,7 +20,7 @@ from provider.clock import Clock
 from provider.redact import one_line
 from provider.telemetry.events import LeaseView, SessionView, lease_sha256
 from provider.telemetry.http import Answer, Page, Request
-from provider.telemetry.volumes import MAX_VOLUMES, Failure, Volume, Volumes
+from provider.telemetry.volumes import Failure, Volume, Volumes
 
 PATH: Final = "/status"
 # Of what is told, so that whoever reads it knows what to expect; grows where a field goes or means something else.
@@ -72,11 +72,11 @@ class Status:
 
         ``failing`` counts all volumes whose mounts fail now.
         """
-        mounted = self._volumes.recent_mounts(MAX_VOLUMES)
+        mounted = self._volumes.recent_mounts()
         failing = {id(volume) for volume in self._volumes.failing()}
         failed = [
             (volume, volume.failure, id(volume) in failing)
-            for volume in self._volumes.recent_errors(MAX_VOLUMES)
+            for volume in self._volumes.recent_errors()
             if volume.failure is not None
         ]
         failed.sort(key=lambda found: not found[2])

@@ -151,15 +151,15 @@ class Volumes:
             return Change(True, frozenset())
         return Change(True, frozenset(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)))
 
-    def recent_mounts(self, limit: int) -> list[Volume]:
+    def recent_mounts(self) -> list[Volume]:
         """Volumes that have been mounted, the latest first."""
         mounted = [volume for volume in self._volumes.values() if volume.mounted_at is not None]
-        return sorted(mounted, key=lambda volume: -(volume.mounted_at or 0.0))[:limit]
+        return sorted(mounted, key=lambda volume: -(volume.mounted_at or 0.0))
 
-    def recent_errors(self, limit: int) -> list[Volume]:
+    def recent_errors(self) -> list[Volume]:
         """Volumes of which a mount has failed, be it mounted again by now, the latest failure first."""
         failed = [volume for volume in self._volumes.values() if volume.failure is not None]
-        return sorted(failed, key=lambda volume: -volume.failure.at if volume.failure else 0.0)[:limit]
+        return sorted(failed, key=lambda volume: -volume.failure.at if volume.failure else 0.0)
 
     def failing(self) -> list[Volume]:
         """Volumes whose mounts fail, the latest first."""
