@@ -294,7 +294,7 @@ class Mounter:
         alike: dict[str, tuple[list[ObjectSpec], SecretRequest, ProviderError]] = {}
         for wanted, request, error in failures:
             alike.setdefault(str(error), ([], request, error))[0].append(wanted)
-        until = min(deadline - EXPLAIN_SECONDS / 2, _loop_time() + EXPLAIN_SECONDS)
+        until = min(deadline - EXPLAIN_SECONDS / 2, asyncio.get_running_loop().time() + EXPLAIN_SECONDS)
         refused = [found for found in alike.values() if isinstance(found[2], AccessDenied | SecretNotFound)]
         advised = await asyncio.gather(
             *(self._advice(error, request, spec, until) for _, request, error in refused[:MAX_EXPLAINED])
@@ -465,7 +465,3 @@ def _where(error: ProviderError, spec: MountSpec) -> str:
         return ""
     namespace = f', Vault namespace "{spec.server.namespace}"' if spec.server.namespace else ""
     return f' [role "{spec.login.role}"{namespace}, {spec.server.address}]'
-
-
-def _loop_time() -> float:
-    return asyncio.get_running_loop().time()
