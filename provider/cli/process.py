@@ -1,6 +1,6 @@
-"""What keeps the daemon's memory from everybody else on its node: no core dumps, no look from outside.
+"""What the process asks of the kernel: memory that nobody else on the node sees, and all the descriptors it may have.
 
-Why this much and no more, and why nothing is locked into memory: docs/decisions/process-memory.md.
+Why memory is kept so far and no further, and why nothing is locked: docs/decisions/process-memory.md.
 """
 
 from __future__ import annotations

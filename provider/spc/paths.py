@@ -45,7 +45,7 @@ def directory_name(name: str) -> str:
 def clashes(names: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of indices whose names are the same, or where the first's is the directory of the second's.
 
-    Each name that clashes is in one pair at least. ``names`` are legal object names.
+    Each name that is there twice, or is another's directory, is in one pair at least. ``names`` are legal object names.
     """
     # With / below every other character, whatever lies under a name follows it directly.
     keys = [name.replace("/", "\0") for name in names]

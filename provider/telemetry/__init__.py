@@ -1,6 +1,6 @@
-"""What the daemon tells about itself: its log on stderr, and its health over HTTP. A leaf that others call.
+"""What the daemon tells about itself: its log; events, and metrics, audit log and status that are made of them; health.
 
-``provider.telemetry.health`` is imported by itself, as it brings an HTTP server that ``--help`` has no use for.
+The log alone is imported with the room: the other modules bring what ``--help`` has no use for.
 """
 
 from provider.telemetry.log import LEVELS, Log
