@@ -379,6 +379,25 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @simulated
+async def test_who_has_all_there_is_to_keep_may_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A credential whose time has come makes room for its successor; one that is larger than the room leaves it."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", 12_000)
+    async with Stage() as stage:
+        stage.vault.certificates["pki/issue/web"] = 7 * 86400.0
+        node, pod = stage.node(), stage.pod("a")
+        loans = node.sessions._memory.kept
+        held = [replace(certificate(number), name=f"file-{number}") for number in range(3)]
+        files = await node.mount(pod, *held)
+        with pytest.raises(MountFailed, match="take all the memory"):
+            await node.mount(pod, certificate(9), volume="/other")
+        free = loans.free
+        await node.remount(6 * 86400.0, pod, *held)
+        later = await node.mount(pod, *held)
+        assert not set(later.values()) & set(files.values())
+        assert loans.free == pytest.approx(free, abs=100)
+
+
+@simulated
 async def test_requests_that_gave_nothing_to_keep_are_not_kept_themselves() -> None:
     """Each may bring a body of a megabyte, another one each time."""
     async with Stage() as stage:

@@ -662,6 +662,27 @@ async def test_two_daemons_with_one_process_id_bind_apart(path: Path) -> None:
     assert len({Endpoint(str(path)).bind_path for _ in range(50)}) > 1
 
 
+def test_successor_that_was_killed_leaves_nobody_there(path: Path) -> None:
+    """Its socket stands at the path, and refuses whoever dials: whoever had it before has lost it, and is restarted."""
+
+    def published() -> tuple[Endpoint, socket.socket]:
+        found, listener = Endpoint(str(path)), socket.socket(socket.AF_UNIX)
+        listener.bind(found.bind_path)
+        listener.listen()
+        found.publish()
+        return found, listener
+
+    (first, one), (second, two) = published(), published()
+    with one, two:
+        os.utime(path, (0, 0))
+        assert not first.is_lost()
+        two.close()
+        assert first.is_lost()
+        os.utime(path)
+        assert not first.is_lost()  # one that has just bound it may be about to listen
+        assert not second.is_lost()
+
+
 async def test_successors_socket_is_not_removed(path: Path) -> None:
     """A server that was taken over leaves the endpoint to its successor when it stops."""
     async with serving(path, Mounting(PASSWORD)) as stub:

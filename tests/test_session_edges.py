@@ -78,6 +78,45 @@ async def test_uses_are_remembered_over_a_restart() -> None:
             await asyncio.sleep(REMOUNT)
 
 
+@simulated
+async def test_last_use_is_not_taken_from_a_lease_on_its_way() -> None:
+    """Static reads beside it go out under another token: each pod has one credential, and nothing is left of it."""
+    async with Stage() as stage:
+        stage.vault.kv["secret/data/b"] = {"data": {"password": "b"}, "metadata": {}}
+        other = wanted("b", "secret/data/b", "password")
+        for uses in (2, 3):
+            stage.vault.roles["app"] = Role(num_uses=uses)
+            node = stage.node()
+            for number in range(5):
+                pod = stage.pod(f"{uses}-{number}")
+                before = stage.vault.issued
+                files = await node.mount(pod, *credential(), STATIC, other)
+                assert stage.vault.issued == before + 1
+                assert stage.vault.lease_of(files["user"]).ends > stage.world.now() + 60
+                stage.remove(pod)
+            await asyncio.sleep(300)
+            assert not stage.vault.live_leases()
+
+
+@simulated
+async def test_uses_that_never_went_out_are_not_counted() -> None:
+    """Mounts that fail while Vault is known to be away use nothing up: at the pod's end its token is revoked."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(num_uses=4)
+        node, pod = stage.node(), stage.pod("a")
+        await node.mount(pod, STATIC)
+        await stage.vault.stop()
+        for _ in range(10):
+            with pytest.raises(ProviderError):
+                await node.mount(pod, STATIC)
+            await asyncio.sleep(5)
+        await stage.vault.start()
+        (token,) = stage.vault.live_tokens()
+        stage.remove(pod)
+        await asyncio.sleep(300)
+        assert token.ends < stage.world.now()
+
+
 # -- time ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from cryptography import x509
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from provider.errors import Code, MountFailed, OutOfTime
+from provider.errors import Code, MountFailed, OutOfTime, ProviderError
 from provider.sessions import registry
 from provider.sessions.model import HeldToken
 from provider.spc import Pod
@@ -1171,3 +1171,34 @@ async def test_what_is_over_is_forgotten() -> None:
         await node.remount(DAY, pod, STATIC)
         assert stage.vault.logins > 100
         assert held_tokens() - before <= 5
+
+
+@simulated
+async def test_a_static_read_that_hangs_is_joined_by_no_later_mount() -> None:
+    """Its mount ends without it: behind a connection that is dead, the next one asks anew, and so does another pod."""
+    async with Stage() as stage:
+        node, pod, other = stage.node(mount_timeout=10), stage.pod("a"), stage.pod("b")
+        for _ in range(2):
+            await node.mount(pod, STATIC)  # until it is known to be static, and its engine
+            await asyncio.sleep(1)
+        stage.vault.seen.clear()
+        with stage.vault.hold("secret/data/app"):
+            for number in (1, 2):
+                with pytest.raises(ProviderError):
+                    await node.mount(pod, STATIC)
+                with pytest.raises(ProviderError):
+                    await node.mount(other, STATIC)
+                assert stage.vault.count("secret/data/app") == 2 * number
+
+
+@simulated
+async def test_a_lease_that_its_engine_cannot_renew_now_is_renewed_later() -> None:
+    """Its database was away for a moment, and nobody mounts the pod again: the credential lives on."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        files = await node.mount(pod, *credential())
+        stage.vault.breaks("sys/leases/renew", 400, "failed to renew entry: resp: (nil) err: failed to connect")
+        await asyncio.sleep(2800)
+        stage.vault.mend()
+        await asyncio.sleep(4 * HOUR)
+        assert stage.vault.lease_of(files["user"]).ends > stage.world.now()

@@ -351,7 +351,11 @@ def test_the_size_of_requests_is_bounded(where: str) -> None:
     """Of long ones fewer are kept: a hundred of 60,000 characters are more than 4 MiB."""
     parser = Parser(Settings())
     more = "x" * 60_000
-    given, target_path = (with_token("a", audience=more), "/") if where == "attributes" else (with_token("a"), more)
+    given, target_path = (
+        (with_token("a", **{"csi.storage.k8s.io/more": more}), "/")
+        if where == "attributes"
+        else (with_token("a"), more)
+    )
     specs = [parser.parse(given, "null", f"{target_path}{n}", "420") for n in range(100)]
     again = [parser.recall(given, "null", f"{target_path}{n}", "420") for n in (99, 0)]
     assert [spec is not None and spec.server is specs[n].server for n, spec in zip((99, 0), again, strict=True)] == [

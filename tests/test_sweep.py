@@ -486,3 +486,24 @@ async def test_nothing_is_swept_before_the_state_is_known() -> None:
         assert stage.cluster.listed == 0
         await mounting
         assert node.sessions.may_sweep()
+
+
+@simulated
+async def test_what_another_daemon_was_given_ends_with_the_pod() -> None:
+    """A new login is in the file alone, whose daemon is gone; whoever finds the pod gone looks there before."""
+    async with Stage() as stage:
+        one = stage.node(kept=True)
+        pod = stage.pod("a")
+        await one.mount(pod, STATIC)
+        await asyncio.sleep(1)
+        two = stage.node(kept=True)
+        await asyncio.sleep(60)
+        assert two.sessions.all()
+        stage.vault.live_tokens()[0].revoked = stage.world.now()
+        files = await one.mount(pod, *credential())
+        await asyncio.sleep(1)
+        await stage.killed(one)
+        stage.remove(pod)
+        await asyncio.sleep(10 * SWEEP)
+        assert stage.vault.lease_of(files["user"]).ends < stage.world.now()
+        assert not stage.vault.live_tokens()

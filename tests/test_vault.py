@@ -758,7 +758,7 @@ class TestRetries:
     )
     async def test_what_issues_nothing_is_sent_again(self, vault: Vault, faulty: Faulty, path: str, call: Call) -> None:
         """A lost answer to what changes nothing more the second time is asked for again."""
-        faulty.on(path, Answer(cut=Cut.BEFORE), secret({}))
+        faulty.on(path, Answer(cut=Cut.BEFORE), secret({}, lease_duration=60, auth={"lease_duration": 60}))
         await call(vault)
         assert faulty.count(path) == 2
 
@@ -926,8 +926,39 @@ class TestStrangeAnswers:
         faulty.on("auth/kubernetes/login", token("hvs.new", lease_duration=odd, num_uses=odd, policies=None))
         auth = await vault.login(LOGIN, Sensitive("jwt"), within())
         assert (auth.ttl, auth.num_uses, auth.policies) == (0, 0, ("default", "shop"))
-        faulty.on("auth/token/renew-self", Answer(body={"auth": odd}))
-        assert (await vault.renew_token(TOKEN, 60, within())).ttl == 0
+
+    @pytest.mark.parametrize("odd", ["a lot", -1, True, None, 1e300, [1], 10**400, math.inf, math.nan])
+    async def test_a_renewal_that_does_not_say_has_ended_nothing(
+        self, vault: Vault, faulty: Faulty, odd: object
+    ) -> None:
+        """Nor does one that says nothing at all: what is renewed lives as long as it did."""
+        for answer in ({}, {"auth": odd, "lease_duration": odd}, {"auth": {"lease_duration": odd}}):
+            faulty.on("auth/token/renew-self", Answer(body=answer))
+            faulty.on("sys/leases/renew", Answer(body=answer))
+            with pytest.raises(VaultUnavailable, match="has none of the fields"):
+                await vault.renew_token(TOKEN, 60, within())
+            with pytest.raises(VaultUnavailable, match="has none of the fields"):
+                await vault.renew_lease(TOKEN, "lease", 60, within())
+
+    @pytest.mark.parametrize("status", [400, 403, 404, 405])
+    async def test_json_of_a_gateway_is_no_verdict(self, vault: Vault, faulty: Faulty, status: int) -> None:
+        """By it a secret would count as not there, or the pod's token as dead."""
+        page = Answer(status, {"message": "no Route matched with those values"})
+        faulty.on("x", page)
+        faulty.on("auth/token/lookup-self", page)
+        for asked in (read(vault), vault.token_lives(TOKEN, within())):
+            with pytest.raises(VaultUnavailable, match="is not Vault's API"):
+                await asked
+        faulty.on("x", Answer(200, {"message": "maintenance"}))
+        with pytest.raises(VaultUnavailable, match=r"what answered GET x at .* has none of the fields of Vault"):
+            await read(vault)
+
+    @pytest.mark.parametrize("words", ["failed to renew entry: resp: (nil) err: failed to connect", "past the max TTL"])
+    async def test_an_engine_that_cannot_renew_now(self, vault: Vault, faulty: Faulty, words: str) -> None:
+        """As while its database is away, unlike a lease at its maximum: it is to be asked once more."""
+        faulty.on("sys/leases/renew", refusal(400, words))
+        with pytest.raises(VaultUnavailable if "connect" in words else RenewalRefused):
+            await vault.renew_lease(TOKEN, "lease", 60, within())
 
     async def test_login_without_token(self, vault: Vault, faulty: Faulty) -> None:
         """An answer that asks for a second factor holds no token, and is told as that."""
@@ -1034,7 +1065,8 @@ class TestTelling:
         self, vault: Vault, faulty: Faulty, events: list[Event], method: str, mount: str, path: str, call: Call
     ) -> None:
         """Method, mount, status and seconds of each request that goes out, and nothing of the secret's path."""
-        faulty.on(path, refusal(503), replace(token("hvs.new", lease_id=""), stall=0.05))
+        auth = {"client_token": "hvs.new", "lease_duration": 60}
+        faulty.on(path, refusal(503), replace(secret(None, auth=auth, lease_duration=60), stall=0.05))
         await call(vault)
         first, second = (event for event in events if isinstance(event, VaultRequest))
         assert (first.method, first.mount, first.status) == (method, mount, 503)
@@ -1064,7 +1096,8 @@ class TestTelling:
         faulty.on("x", secret({"a": "1"}, request_id=said))
         assert (await read(vault)).request_id == known
         for path in ("auth/kubernetes/login", "auth/token/renew-self", "sys/leases/renew"):
-            faulty.on(path, Answer(body={"auth": {"client_token": "hvs.new"}, "request_id": said}))
+            auth = {"client_token": "hvs.new", "lease_duration": 60}
+            faulty.on(path, Answer(body={"auth": auth, "lease_duration": 60, "request_id": said}))
         assert (await vault.login(LOGIN, Sensitive("jwt"), within())).request_id == known
         assert (await vault.renew_token(TOKEN, 60, within())).request_id == known
         assert (await vault.renew_lease(TOKEN, "lease", 60, within())).request_id == known

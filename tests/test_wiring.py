@@ -123,7 +123,7 @@ def test_daemon_whose_socket_somebody_removed_asks_to_be_restarted(tmp_path: Pat
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text("{apiVersion: v1, kind: Config, clusters: [], contexts: [], users: []}")
     with running(tmp_path, "provider.cli", f"--health-addr=127.0.0.1:{health}", ready="mounts are served") as daemon:
-        assert status(health, "/health/live") == 200
+        eventually(lambda: status(health, "/health/live") == 200, "health is served")
         endpoint = tmp_path / "vault.sock"
         endpoint.rename(tmp_path / "aside")
         assert status(health, "/health/live") == status(health, "/health/live") == 503

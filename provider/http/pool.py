@@ -35,6 +35,15 @@ from provider.http.lookups import Lookups
 KEEPALIVE_SECONDS: Final = 30.0
 # How long one of a host's addresses is tried before the next is tried beside it (RFC 8305 section 8).
 NEXT_ADDRESS_SECONDS: Final = 0.25
+# A peer that went away without a word, as behind a load balancer that forgot the connection, is found within 25 s by
+# the kernel; one that takes its time to answer acknowledges what it was sent, and is left alone (tcp(7)).
+_FIND_SILENCE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),  # milliseconds
+)
 # A proxy answers a request for a tunnel with little more than a status.
 MAX_PROXY_ANSWER: Final = 64 * 1024
 
@@ -339,7 +348,8 @@ class Pool:
             raise ConnectFailed(reason(error)) from error
         try:
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for level, option, value in _FIND_SILENCE:
+                opened.setsockopt(level, option, value)
             await asyncio.get_running_loop().create_connection(
                 lambda: connection, sock=opened, ssl=tls, server_hostname=server_name if tls else None
             )

@@ -114,8 +114,16 @@ class Endpoint:
         return (found.st_dev, found.st_ino) == self._ours
 
     def is_lost(self) -> bool:
-        """Whether somebody removed the socket that this process published, and nothing stands in its place."""
-        return self._ours is not None and not os.path.lexists(self.path)
+        """Whether the socket that this process published is gone, and nobody listens in its place.
+
+        Somebody removed it; or a successor took the path over and ended without a word, as one that is killed.
+        """
+        if self._ours is None or self.is_ours():
+            return False
+        if not os.path.lexists(self.path):
+            return True
+        with os.scandir(os.path.dirname(self.path)) as entries:
+            return any(entry.path == self.path and _is_dead(entry) for entry in entries)
 
     def withdraw(self) -> bool:
         """Remove the socket if it is still this process's; whether it was, and could be removed."""

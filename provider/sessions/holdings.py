@@ -155,8 +155,13 @@ class Holdings:
 
     def keep(self, kept: Kept) -> bool:
         """Keep it in the place of what was kept for its request; False where it would take too much memory."""
+        before = self.kept.get(kept.request)
+        if before is not None:
+            before.held = None  # so that who has all that there is may have one for another
         kept.held = self._lend_to_keep(kept.size)
         if kept.held is None:
+            if before is not None:
+                before.held = self._lend_to_keep(before.size)
             return False
         self.kept[kept.request] = kept
         self.changed = True
@@ -296,11 +301,9 @@ class Holdings:
     def adopt(self, snapshot: Snapshot) -> None:
         """Take over what a file holds."""
         self.tokens, merged = merge(self.tokens, self.kept, snapshot)
-        before, self.kept = self.kept, {}
+        before, self.kept = self.kept, {request: kept for request, kept in self.kept.items() if request in merged}
         for request, kept in merged.items():
-            if before.get(request) is kept:
-                self.kept[request] = kept
-            elif not self.keep(kept):
+            if before.get(request) is not kept and not self.keep(kept):
                 _log.warning(
                     "a credential is let go, and left to end: those of namespace %s take all the memory that there is",
                     snapshot.pod.namespace,

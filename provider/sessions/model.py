@@ -116,6 +116,15 @@ class HeldToken:
         if self.uses_left:
             self.uses_left -= 1
 
+    def give_back(self) -> None:
+        """The request that was counted did not go out."""
+        if self.uses_left is not None:
+            self.uses_left += 1
+
+    def expect_lease(self, *, expected: bool) -> None:
+        """A request is about to go out whose answer may be leased: from now on nobody takes the last use meanwhile."""
+        self.bears_leases |= expected and self.uses_left is not None
+
 
 @dataclass(slots=True)
 class Kept:

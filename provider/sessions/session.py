@@ -37,7 +37,7 @@ from provider.telemetry.events import (
     Who,
 )
 from provider.turns import Turns
-from provider.vault import EngineMount, Memory, NoRoom, Room, Vault, VaultSecret
+from provider.vault import EngineMount, Memory, NoRoom, NotSent, Room, Vault, VaultSecret, VaultUnreachable
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -230,8 +230,16 @@ class Session:
         if read.fresh:
             return self._task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
         newest = self._has.newest
-        known = self._has.is_static(read.request) and newest is not None and newest.usable(self._clock.now())
-        return self._task(read.request, lambda: self._obtain(read, mount, at_hand), issues=not known)
+        static = self._has.is_static(read.request)
+        known = static and newest is not None and newest.usable(self._clock.now())
+        # Nothing that is ours is lost with its answer: the next mount asks anew, and joins nothing that hangs.
+        lossless = static or self._around.shared.reads_kv(self._vault, read.request)
+        return self._task(
+            read.request,
+            lambda: self._obtain(read, mount, at_hand),
+            issues=not known,
+            until=mount.deadline if lossless else math.inf,
+        )
 
     def _joined(self, task: asyncio.Task[VaultSecret], mount: _Mount) -> asyncio.Task[VaultSecret]:
         """What another mount's task brings; it is kept here too."""
@@ -256,6 +264,7 @@ class Session:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
             for_lease = old is not None or not self._has.is_static(request)
             token = await self._token(mount, for_lease=for_lease, replaced=old)
+            token.expect_lease(expected=for_lease)
             began = self._clock.now()
             secret, token = await self._read(request, token, mount)
         except VaultUnavailable as error:
@@ -274,6 +283,7 @@ class Session:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
         request = read.request
         token = await self._token(mount, for_lease=True)
+        token.expect_lease(expected=True)
         began = self._clock.now()
         secret, token = await self._read(request, token, mount)
         seconds = self._clock.now() - began
@@ -285,25 +295,29 @@ class Session:
         return secret
 
     async def _read(self, request: SecretRequest, token: HeldToken, mount: _Mount) -> tuple[VaultSecret, HeldToken]:
-        shared = self._around.shared
-        self._spend(token)
         try:
-            secret = await shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
-            mount.room.take(secret.size, leased=secret.leased)
-            return secret, token
+            return await self._read_under(token, request, mount), token
         except AccessDenied:
             if token.serial > mount.began:
                 raise
             fresh = await self._join(("denied", id(token)), lambda: self._after_denial(token, mount))
             if fresh is None:
                 raise
-        self._spend(fresh)
-        secret = await shared.read(self._vault, request, fresh.auth, mount.deadline, mount.room)
-        mount.room.take(secret.size, leased=secret.leased)
+        secret = await self._read_under(fresh, request, mount)
         if not token.dead and "default" not in token.auth.policies:
             # Without the default policy a token may not look itself up, so that alone proved nothing; this does.
             self._bury(token)
         return secret, fresh
+
+    async def _read_under(self, token: HeldToken, request: SecretRequest, mount: _Mount) -> VaultSecret:
+        self._spend(token)
+        try:
+            secret = await self._around.shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
+        except (VaultUnreachable, NotSent):
+            token.give_back()
+            raise
+        mount.room.take(secret.size, leased=secret.leased)
+        return secret
 
     async def _after_denial(self, token: HeldToken, mount: _Mount) -> HeldToken | None:
         """A token to try once more with after a 403, or None where the policies deny the read."""
@@ -506,6 +520,8 @@ class Session:
         """
         self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        async with self.file.held():
+            pass  # what another daemon wrote, or this one before it had its key again, is the pod's too
         self._has.clear()
         await asyncio.gather(*map(self._upkeep().revoke_surely, self._has.tokens))
         await self.file.remove()
@@ -534,21 +550,32 @@ class Session:
         return await asyncio.shield(self._task(key, start))
 
     def _task(
-        self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, issues: bool = True
+        self,
+        key: object,
+        start: Callable[[], Coroutine[Any, Any, _T]],
+        *,
+        issues: bool = True,
+        until: float = math.inf,
     ) -> asyncio.Task[_T]:
         """The task for ``key``, started here unless it is under way.
 
-        ``issues`` says that it may issue something, and so must hold the session's file where there is one.
+        ``issues`` says that it may issue something, and so must hold the session's file where there is one. ``until``,
+        in the event loop's time, is when it is given up though others may have joined it.
         """
         task: asyncio.Task[_T] | None = self._under_way.get(key)
         if task is not None:
             return task
-        return self._start(key, start, held=issues and self.file.in_use)
+        return self._start(key, start, held=issues and self.file.in_use, until=until)
 
     def _start(
-        self, key: object, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool = False
+        self,
+        key: object,
+        start: Callable[[], Coroutine[Any, Any, _T]],
+        *,
+        held: bool = False,
+        until: float = math.inf,
     ) -> asyncio.Task[_T]:
-        task = self._under_way[key] = asyncio.create_task(self._bounded(start, held=held))
+        task = self._under_way[key] = asyncio.create_task(self._bounded(start, held=held, until=until))
         task.add_done_callback(lambda done: self._done(key, done))
         return task
 
@@ -556,17 +583,19 @@ class Session:
         del self._under_way[key]
         _seen(task)
 
-    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool) -> _T:
-        """Do it within ANSWER_SECONDS, and if ``held`` while the session's file is held."""
+    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool, until: float) -> _T:
+        """Do it within ANSWER_SECONDS, and by ``until``; if ``held`` while the session's file is held."""
+        began = asyncio.get_running_loop().time()
+        until = min(until, began + ANSWER_SECONDS)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout_at(until):
                 if not held:
                     return await start()
                 async with self.file.held():
                     return await start()
         except TimeoutError as error:
             raise AnswerLost(
-                f"Vault did not answer within {ANSWER_SECONDS:.0f} s", "check Vault's load and the network to it"
+                f"Vault did not answer within {until - began:.0f} s", "check Vault's load and the network to it"
             ) from error
 
     # -- what it is ------------------------------------------------------------------------------------------------

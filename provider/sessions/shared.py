@@ -90,6 +90,11 @@ class SharedReads:
             future.set_result(result)
         return secret
 
+    def reads_kv(self, vault: Vault, request: SecretRequest) -> bool:
+        """Whether ``request`` is known to do no more than read from ``kv``."""
+        engine = self._known(vault.server, request.path)
+        return engine is not None and engine.kind == "kv" and request.method == "GET" and request.body is None
+
     async def engine(self, vault: Vault, path: str, token: Sensitive[str], deadline: float) -> EngineMount | None:
         """The engine that serves ``path``, asking Vault where it is not known; None where Vault does not tell.
 

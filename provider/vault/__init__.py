@@ -13,7 +13,7 @@ from provider.vault.client import (
     VaultSecret,
     import_calls,
 )
-from provider.vault.failures import VaultUnreachable
+from provider.vault.failures import NotSent, VaultUnreachable
 from provider.vault.memory import Held, Memory, NoRoom, Room, size_parsed
 from provider.vault.servers import VaultServers
 
@@ -24,6 +24,7 @@ __all__ = [
     "LeaseGone",
     "Memory",
     "NoRoom",
+    "NotSent",
     "RenewalRefused",
     "Renewed",
     "Room",

@@ -43,6 +43,8 @@ MAX_WORDS: Final = 400
 MAX_SEARCHED: Final = 64 * 1024
 # Of a request's own values, which are hidden one after the other: a class may have tens of thousands.
 MAX_HIDDEN: Final = 200
+# Vault's refusals have one of these fields: a list of errors, or a response with nothing in it.
+_REFUSALS: Final = frozenset({"errors", "data", "request_id"})
 # Shorter texts are hidden by nothing: they would be found within other words, and guessed as quickly.
 MIN_HIDDEN: Final = 6
 
@@ -202,7 +204,8 @@ class VaultAdapter:
             return self._redirected(answer, "set vaultAddress to the active node or to a load balancer that finds it")
         if answer.status >= 500 or answer.status in _TIMING_STATUSES:
             return self._unavailable(answer)
-        if answer.body is None:
+        if answer.body is None or not answer.body.keys() & _REFUSALS:
+            # A gateway's JSON is no verdict of Vault's, by which a secret would be left out, or a token given up.
             return self._not_vault(answer)
         body = answer.body
         data = body.get("data")

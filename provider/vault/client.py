@@ -16,6 +16,7 @@ from provider.errors import (
     ProviderError,
     RequestRefused,
     SecretNotFound,
+    VaultUnavailable,
 )
 from provider.redact import Sensitive
 from provider.spc import Login, SecretRequest, VaultServer
@@ -25,6 +26,8 @@ from provider.vault.transport import Transport
 
 # What may stand unescaped in a path (RFC 3986 pchar and "/"). A percent sign is literal text in a class.
 _PATH_SAFE: Final = "/-._~!$&'()*+,;=:@"
+# Any response of Vault's has one of these, 204 aside; a gateway's page of JSON has none.
+_RESPONSE: Final = frozenset({"request_id", "lease_id", "data", "auth", "wrap_info"})
 _HEADER_TEXT: Final = re.compile(r"[!-~]+")
 # A mount's path, type and version are kept for every mount that classes name: no longer than any is.
 MAX_MOUNT_TEXT: Final = 512
@@ -242,6 +245,8 @@ class Vault:
         except ProviderError as failure:
             error = failure
         else:
+            if answer and not answer.keys() & _RESPONSE:
+                raise self._no_response(request)
             auth = answer.get("auth")
             if isinstance(auth, dict) and _is_of_the_certificate(auth):
                 await self._revoke_foreign(Sensitive(_text(auth.get("client_token"))), deadline)
@@ -276,8 +281,7 @@ class Vault:
                 raise LeaseGone(f"the token is gone: {refusal.words}") from refusal
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
         auth = answer.get("auth")
-        ttl = _seconds(auth.get("lease_duration") if isinstance(auth, dict) else 0)
-        return Renewed(ttl, _request_id(answer))
+        return Renewed(self._ttl(auth if isinstance(auth, dict) else {}), _request_id(answer))
 
     async def renew_lease(self, token: Sensitive[str], lease_id: str, increment: float, deadline: float) -> Renewed:
         """Ask for ``increment`` more seconds of a lease's life.
@@ -293,8 +297,24 @@ class Vault:
         except Refusal as refusal:
             if refusal.status == 400 and "lease not found" in refusal.words:
                 raise LeaseGone(f"the lease is gone: {refusal.words}") from refusal
+            if refusal.status == 400 and "failed to renew entry" in refusal.words and "max TTL" not in refusal.words:
+                # The engine could not do it, as while its database is away.
+                raise VaultUnavailable(f"Vault could not renew it: {refusal.words}", "see Vault's log") from refusal
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
-        return Renewed(_seconds(answer.get("lease_duration")), _request_id(answer))
+        return Renewed(self._ttl(answer), _request_id(answer))
+
+    def _ttl(self, renewed: Mapping[str, Any]) -> float:
+        """What a renewal gave, in seconds. Raises VaultUnavailable where it does not say: nothing has ended by that."""
+        said = renewed.get("lease_duration")
+        if isinstance(said, bool) or not isinstance(said, int | float) or not 0 <= said < 1e12:
+            raise self._no_response("a renewal")
+        return float(said)
+
+    def _no_response(self, request: object) -> VaultUnavailable:
+        return VaultUnavailable(
+            f"what answered {request} at {self.server.address} has none of the fields of Vault's responses",
+            "check vaultAddress and any gateway in front of it",
+        )
 
     async def revoke_token(self, token: Sensitive[str], deadline: float, *, may_lookup: bool = True) -> None:
         """Revoke the token and every lease under it; a token that is gone already is no error.
