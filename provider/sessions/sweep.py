@@ -15,6 +15,7 @@ from provider.errors import KubernetesDenied, KubernetesUnavailable
 from provider.kube import NodePods
 from provider.sessions.registry import Sessions
 from provider.settings import Settings
+from provider.spc import Pod
 from provider.telemetry.events import Swept, Telemetry
 
 _log = logging.getLogger(__name__)
@@ -87,8 +88,8 @@ class Sweeper:
         self._said = ""
         before, self._absent = self._absent, {}
         gone = 0
-        last_mounts = {session.identity.pod_uid: session for session in self._sessions.all()}
-        for uid, session in last_mounts.items():
+        for pod in self._pods_with_sessions():
+            uid = pod.uid
             if uid in listed.uids:
                 continue
             # Its last session may have ended while another pod was asked for.
@@ -96,7 +97,7 @@ class Sweeper:
             since = before.get(uid)
             if since is None or mounted_at >= since:
                 self._absent[uid] = began
-            elif await self._confirmed(session.pod.namespace, session.pod.name, uid):
+            elif await self._confirmed(pod):
                 self._sessions.end(uid)
                 gone += 1
             else:
@@ -113,17 +114,20 @@ class Sweeper:
         names = set()
         if self._own is not None and await self._pods.pod_lives(*self._own, None):
             names.add(self._own)
-        for pod in {session.pod.uid: session.pod for session in self._sessions.all()}.values():
+        for pod in self._pods_with_sessions():
             if await self._pods.pod_lives(pod.namespace, pod.name, pod.uid):
                 living.add(pod.uid)
                 names.add((pod.namespace, pod.name))
         return NodePods(frozenset(living), frozenset(names), complete=True)
 
-    async def _confirmed(self, namespace: str, name: str, uid: str) -> bool:
+    def _pods_with_sessions(self) -> list[Pod]:
+        return list({session.pod.uid: session.pod for session in self._sessions.all()}.values())
+
+    async def _confirmed(self, pod: Pod) -> bool:
         try:
-            return not await self._pods.pod_lives(namespace, name, uid)
+            return not await self._pods.pod_lives(pod.namespace, pod.name, pod.uid)
         except KubernetesUnavailable as error:
-            _log.warning("whether pod %s/%s is gone cannot be confirmed: %s", namespace, name, error)
+            _log.warning("whether pod %s is gone cannot be confirmed: %s", pod, error)
             return False
 
     def _cannot(self, why: str) -> None:
