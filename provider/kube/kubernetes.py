@@ -150,7 +150,7 @@ class Kubernetes:
             raise _unavailable(subject, failure.reason, advice) from failure
 
     async def close(self) -> None:
-        """Close the connections; calls in flight fail."""
+        """Let go of the connections, of each in use with its answer."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.api.close()
