@@ -20,7 +20,8 @@ import yaml
 from jsonschema import ValidationError
 
 import provider
-from provider.cli.flags import FLAGS, parse
+from provider.cli.command import parse
+from provider.cli.flags import FLAGS
 from provider.errors import InvalidSetting
 from tests.operator_schema import DURATION, OPERATOR_KINDS, assert_operator_valid
 from tests.test_cli import daemon

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider import __version__
-from provider.cli import flags, main, readers
+from provider.cli import command, flags, main, readers
 from provider.errors import InvalidSetting
 from provider.notation import read_duration
 from provider.settings import Settings, TlsSettings
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def parsed(*arguments: str, **environ: str) -> Settings:
     """The settings that a command line and an environment come to."""
-    settings = flags.parse(arguments, environ, lambda style: style).settings
+    settings = command.parse(arguments, environ, lambda style: style).settings
     assert settings is not None
     return settings
 
@@ -48,7 +48,7 @@ def parsed(*arguments: str, **environ: str) -> Settings:
 def fault(*arguments: str, **environ: str) -> str:
     """What a wrong command line is told."""
     with pytest.raises(InvalidSetting) as caught:
-        flags.parse(arguments, environ, lambda style: style)
+        command.parse(arguments, environ, lambda style: style)
     return str(caught.value)
 
 
@@ -330,7 +330,7 @@ def test_what_is_no_duration(text: str) -> None:
 def test_any_text_is_a_value_or_a_told_fault(text: str, name: str) -> None:
     """Whatever a flag's value is, it is taken or refused with a line that names the flag; nothing else is raised."""
     try:
-        flags.parse([f"--{name}={text}"], {}, lambda style: style)
+        command.parse([f"--{name}={text}"], {}, lambda style: style)
         told = f"--{name} cannot be "
     except InvalidSetting as error:
         told = str(error)
@@ -342,7 +342,7 @@ def test_any_text_is_a_value_or_a_told_fault(text: str, name: str) -> None:
 def test_any_arguments_are_taken_or_a_told_fault(arguments: list[str]) -> None:
     """Whatever the arguments are, nothing but InvalidSetting is raised, and it says something in one line."""
     try:
-        flags.parse(arguments, {}, lambda style: style)
+        command.parse(arguments, {}, lambda style: style)
         told = "taken"
     except InvalidSetting as error:
         told = str(error)

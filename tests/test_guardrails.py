@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from provider.cli import flags
+from provider.cli import command
 from provider.errors import InvalidClass, VaultUnavailable
 from provider.settings import Settings, TlsSettings
 from provider.spc import MountSpec, Parser
@@ -40,7 +40,7 @@ def refusal(settings: Settings, objects: str = OBJECT, permission: str = "420", 
 def advised(fault: str) -> Settings:
     """HARDENED, with the flag that a refusal names at the value that it names."""
     (name, value) = re.findall(r"the daemon's (--[a-z-]+)=(\S+) would", fault)[0]
-    settings = flags.parse([f"--vault-addr={ADDRESS}", "--hardened", f"{name}={value}"], {}, str).settings
+    settings = command.parse([f"--vault-addr={ADDRESS}", "--hardened", f"{name}={value}"], {}, str).settings
     assert settings is not None
     return settings
 

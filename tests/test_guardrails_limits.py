@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from provider.cli import flags, guardrails
+from provider.cli import command, guardrails
 from provider.render import RenderedFile
 from provider.server import Server
 from provider.server.limits import (
@@ -124,7 +124,7 @@ def test_a_large_share_is_told_as_the_flag_takes_it(clock: HandClock) -> None:
     spend(limits, Spending.OBJECTS, 200_000)
     advised = re.search(r"is 2000000 objects in a minute: .* (--max-pod-objects=\S+) would", floods(limits))
     assert advised is not None
-    settings = flags.parse([advised[1]], {}, str).settings
+    settings = command.parse([advised[1]], {}, str).settings
     assert settings is not None
     assert settings.max_pod_objects == 4_000_000
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from provider.cli import flags
+from provider.cli import command, flags
 from provider.errors import InvalidSetting, ProviderError
 from provider.kube import Kubernetes
 from provider.sessions.snapshot import dump, load
@@ -467,7 +467,7 @@ def test_flags(given_arguments: list[str], environ: dict[str, str]) -> None:
     """Any command line and environment is settings, a text, or one line that says what is wrong."""
     tried["flags"] += 1
     try:
-        flags.parse(given_arguments, environ, lambda style: style)
+        command.parse(given_arguments, environ, lambda style: style)
     except InvalidSetting as error:
         check_message(str(error))
 

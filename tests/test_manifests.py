@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import provider
-from provider.cli.flags import parse
+from provider.cli.command import parse
 from provider.settings import Settings
 from tests.tools import ROOT, kubectl
 

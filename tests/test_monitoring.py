@@ -17,7 +17,8 @@ import grpc
 import pytest
 import yaml
 
-from provider.cli.flags import FLAGS, parse
+from provider.cli.command import parse
+from provider.cli.flags import FLAGS
 from provider.telemetry.families import FAMILIES
 from provider.telemetry.metrics import FRESH_SECONDS, METHODS, STATUSES
 from provider.telemetry.metrics import OTHER as ANY_OTHER

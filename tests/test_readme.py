@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from provider.cli import flags
+from provider.cli import command, flags
 from provider.errors import MAX_MESSAGE_BYTES, Code
 from provider.render.contents import MAX_FILES
 from provider.sandbox.process import MAX_OUTPUT
@@ -116,9 +116,9 @@ def test_variables_that_are_told_not_to_be_read_are_not() -> None:
     """The README's variables that are not read are those that the log warns of, and Vault's token; none is read."""
     (told,) = re.findall(r"command lines are not read, .*?: (.*?)\.\n", section("Flags"), re.DOTALL)
     variables = {name for name in names(told) if name != "BAO_"}
-    assert variables == {"VAULT_TOKEN", *flags.UNREAD}
+    assert variables == {"VAULT_TOKEN", *command.UNREAD}
     spelled = variables | {name.replace("VAULT_", "BAO_") for name in variables}
-    assert flags.parse([], dict.fromkeys(spelled, "x"), str) == flags.parse([], {}, str)
+    assert command.parse([], dict.fromkeys(spelled, "x"), str) == command.parse([], {}, str)
 
 
 def test_make_targets_exist() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from provider.cli import flags
+from provider.cli import command
 from provider.errors import Code, InvalidClass, InvalidSetting
 from provider.settings import MAX_ATTRIBUTES_BYTES, Settings, TlsSettings
 from provider.spc import Login, Parser, Pod, VaultServer, mounting_class, mounting_pod
@@ -304,7 +304,7 @@ def test_both_names_of_the_auth_mount_are_an_error(a: str, b: str) -> None:
 def test_an_address_is_normalised(text: str, address: str) -> None:
     """Spellings of one server are one address; a base path stays. The daemon's own flag is read alike."""
     assert parse_class(vaultAddress=text).server.address == address
-    settings = flags.parse([f"--vault-addr={text}"], {}, str).settings
+    settings = command.parse([f"--vault-addr={text}"], {}, str).settings
     assert settings is not None
     assert parse(attributes(), settings=settings).server.address == address
 
@@ -340,7 +340,7 @@ def test_a_wrong_address_is_refused(text: str, problem: str) -> None:
     assert found.startswith("baoAddress ")
     assert problem in found
     with pytest.raises(InvalidSetting, match="this " + re.escape(problem)):
-        flags.parse([f"--vault-addr={text}"], {}, str)
+        command.parse([f"--vault-addr={text}"], {}, str)
 
 
 @pytest.mark.parametrize("text", ["https://user:hunter2@vault.shop", "https://user:hunter2@vault.shop:x", "a@hunter2"])

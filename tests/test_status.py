@@ -22,7 +22,7 @@ import grpc
 import pytest
 
 from provider.cli import status as command
-from provider.cli.flags import StatusQuery
+from provider.cli.command import StatusQuery
 from provider.errors import Code
 from provider.settings import TlsSettings
 from provider.spc import Login, MountSpec, Pod, VaultServer

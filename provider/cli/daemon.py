@@ -20,7 +20,8 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING, Final, Literal
 
 from provider import __version__
-from provider.cli.flags import PROGRAM, parse, unread
+from provider.cli.command import parse, unread
+from provider.cli.flags import PROGRAM
 from provider.cli.readers import split_listen_address
 from provider.errors import InvalidSetting, ProviderError
 from provider.redact import one_line

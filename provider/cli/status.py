@@ -14,7 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from provider.cli.flags import PROGRAM, StatusQuery
+from provider.cli.command import StatusQuery
+from provider.cli.flags import PROGRAM
 from provider.redact import one_line
 
 # Must be the path and the shape of provider.telemetry.status, which brings along what only a daemon needs.
