@@ -380,8 +380,8 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @simulated
 async def test_who_has_all_there_is_to_keep_may_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A credential whose time has come makes room for its successor; one that is larger than the room leaves it."""
-    monkeypatch.setattr(memory, "KEPT_BYTES", 12_000)
+    """A credential whose time has come makes room for its successor."""
+    monkeypatch.setattr(memory, "KEPT_BYTES", 22_000)
     async with Stage() as stage:
         stage.vault.certificates["pki/issue/web"] = 7 * 86400.0
         node, pod = stage.node(), stage.pod("a")
