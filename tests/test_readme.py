@@ -16,6 +16,7 @@ import yaml
 
 from provider.cli import command, flags
 from provider.errors import MAX_MESSAGE_BYTES, Code
+from provider.render import renderer
 from provider.render.contents import MAX_FILES
 from provider.sandbox.process import MAX_OUTPUT
 from provider.sandbox.worker import CPU_SECONDS, FILTERS, MEMORY_BYTES
@@ -318,6 +319,7 @@ def test_limits_are_the_codes() -> None:
         "values in `objects`, YAML aliases followed": f"{MAX_YAML_NODES:,}",
         "files of a volume, all together": f"{MAX_MOUNT_BYTES // MIB} MiB",
         "their number": f"{MAX_FILES:,}",
+        "rendering of a mount, templates and expressions aside: processor time": f"{renderer.MAX_SECONDS:g} s",
         "templates and expressions of a mount: processor time": f"{CPU_SECONDS} s",
         "their memory": f"{MEMORY_BYTES // MIB} MiB",
         "their output": f"{MAX_OUTPUT // MIB} MiB",
