@@ -45,6 +45,9 @@ _OUR_NAMES: Final = re.compile(r"[0-9a-f]{32}\.(?:session|lock)|directory\.lock"
 _GUARDED: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # Two daemons overlap for seconds; a lock is held while one of them logs in or reads a credential.
 _LOCK_POLL_SECONDS: Final = 0.02
+# Tries, of five seconds, after which it is told: a daemon that hangs may hold it, and mounts that wait can only say
+# that time ran out.
+_LOCK_TRIES_TOLD: Final = 250
 _NO_FILE: Final = "it is no regular file"
 
 
@@ -126,7 +129,11 @@ class StateDir:
         while True:
             descriptor = self._open_lock(path)
             try:
-                while not _try_lock(descriptor):  # noqa: ASYNC110  # another process lets go, and tells nobody
+                tries = 0
+                while not _try_lock(descriptor):  # another process lets go, and tells nobody
+                    tries += 1
+                    if tries == _LOCK_TRIES_TOLD:
+                        _log.warning("another process holds %s: mounts of its pod wait for it", path.name)
                     await asyncio.sleep(_LOCK_POLL_SECONDS)
                 # Its holder may have removed the entry, and the lock with it, while we waited.
                 if _same_file(descriptor, path):

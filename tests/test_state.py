@@ -496,8 +496,13 @@ async def test_removed_entry_leaves_nothing(state: StateDir, directory: Path) ->
 # Locks ------------------------------------------------------------------------------------------------------------
 
 
-async def test_entry_is_locked_against_another_daemon(state: StateDir, directory: Path) -> None:
-    """While one daemon holds an entry's lock another waits for it; entries are locked one by one."""
+async def test_entry_is_locked_against_another_daemon(
+    state: StateDir, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While one daemon holds an entry's lock another waits for it, and says so after a while; entries are locked one
+    by one.
+    """
+    monkeypatch.setattr("provider.state._LOCK_TRIES_TOLD", 2)
     other = StateDir(str(directory), KEY)
     entered = asyncio.Event()
 
@@ -509,8 +514,9 @@ async def test_entry_is_locked_against_another_daemon(state: StateDir, directory
         waiting = asyncio.create_task(wait())
         async with other.lock(OTHER):
             pass
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         assert not entered.is_set()
+        assert caplog.text.count(f"another process holds {NAME}.lock: mounts of its pod wait for it") == 1
     await waiting
     assert entered.is_set()
 
