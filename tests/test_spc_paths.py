@@ -72,13 +72,15 @@ def test_a_name_is_what_the_driver_takes(name: str) -> None:
 
 @given(st.lists(st.sampled_from(["a", "b", "a/b", "a/b/c", "a-b", "a.b/c", "ab", "a/bc", "b/a"]), max_size=8))
 def test_every_clash_is_found(names: list[str]) -> None:
-    """Each name that is given twice or is another's directory is in a pair, and every pair is such a clash."""
+    """Each name that is given twice, is another's directory, or is in one, is in a pair; every pair is such a clash."""
     pairs = list(clashes(names))
     for upper, lower in pairs:
         assert upper != lower
         assert names[lower] == names[upper] or names[lower].startswith(names[upper] + "/")
     for index, name in enumerate(names):
         others = names[:index] + names[index + 1 :]
+        if any(name.startswith(other + "/") for other in others):
+            assert any(index == lower for _, lower in pairs)
         if any(other.startswith(name + "/") for other in others):
             assert any(names[upper] == name for upper, _ in pairs)
         if name in others:

@@ -310,9 +310,11 @@ class Sandbox:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 try:
                     self._process = await _start(theirs)
-                except OSError as error:
-                    ours.close()
-                    raise WorkerLost from error
+                except BaseException as error:
+                    ours.close()  # asyncio ends a process whose start is cancelled
+                    if isinstance(error, OSError):
+                        raise WorkerLost from error
+                    raise
                 self._control = ours
                 _log.info("started the process for templates and expressions", extra={"pid": self._process.pid})
             return self._control

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -45,14 +44,19 @@ def directory_name(name: str) -> str:
 def clashes(names: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs of indices whose names are the same, or where the first's is the directory of the second's.
 
-    Each name that is there twice, or is another's directory, is in one pair at least. ``names`` are legal object names.
+    Each name that clashes is in one pair at least. ``names`` are legal object names.
     """
     # With / below every other character, whatever lies under a name follows it directly.
     keys = [name.replace("/", "\0") for name in names]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    for first, second in itertools.pairwise(order):
-        if keys[second] == keys[first] or keys[second].startswith(keys[first] + "\0"):
-            yield first, second
+    above: list[int] = []  # each the directory of the next
+    for index in order:
+        while above and keys[index] != keys[above[-1]] and not keys[index].startswith(keys[above[-1]] + "\0"):
+            above.pop()
+        if above:
+            yield above[-1], index
+        if not above or keys[index] != keys[above[-1]]:
+            above.append(index)
 
 
 def secret_path(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
