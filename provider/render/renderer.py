@@ -164,8 +164,13 @@ class Renderer:
         await self._turns.take(owner)
         task = asyncio.create_task(turn())
         self._rendering.add(task)
-        task.add_done_callback(self._rendering.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._rendering.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, should its caller have gone
 
     async def _run(self, programs: Sequence[Program], owner: str) -> list[Result]:
         from provider.sandbox.process import Failure, Sandbox
