@@ -381,7 +381,7 @@ async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @simulated
 async def test_who_has_all_there_is_to_keep_may_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A credential whose time has come makes room for its successor."""
-    monkeypatch.setattr(memory, "KEPT_BYTES", 22_000)
+    monkeypatch.setattr(memory, "KEPT_BYTES", 25_000)
     async with Stage() as stage:
         stage.vault.certificates["pki/issue/web"] = 7 * 86400.0
         node, pod = stage.node(), stage.pod("a")
@@ -390,6 +390,12 @@ async def test_who_has_all_there_is_to_keep_may_replace_it(monkeypatch: pytest.M
         files = await node.mount(pod, *held)
         with pytest.raises(MountFailed, match="take all the memory"):
             await node.mount(pod, certificate(9), volume="/other")
+        # Others take what they may of the rest.
+        for number in range(4):
+            other = Pod(f"other-{number}", "b", f"uid-of-other-{number}", "bank")
+            stage.cluster.pods[other.uid] = other
+            with contextlib.suppress(MountFailed):
+                await node.mount(other, certificate(0), wanted("none", "secret/data/none"))
         free = loans.free
         await node.remount(6 * 86400.0, pod, *held)
         later = await node.mount(pod, *held)

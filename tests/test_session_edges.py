@@ -99,6 +99,21 @@ async def test_last_use_is_not_taken_from_a_lease_on_its_way() -> None:
 
 
 @simulated
+async def test_tokens_of_few_uses_are_used_up() -> None:
+    """What was read first and turned out static holds no last use back: one token lives at a time, or two."""
+    async with Stage() as stage:
+        stage.vault.roles["app"] = Role(num_uses=10)
+        node, pod = stage.node(), stage.pod("a")
+        for number in range(30):
+            stage.vault.kv[f"secret/data/{number}"] = {"data": {"password": "x"}, "metadata": {}}
+        every = [wanted(str(number), f"secret/data/{number}", "password") for number in range(30)]
+        for _ in range(4):
+            await node.mount(pod, *every)
+            await asyncio.sleep(REMOUNT)
+            assert len(stage.vault.live_tokens()) <= 2
+
+
+@simulated
 async def test_uses_that_never_went_out_are_not_counted() -> None:
     """Mounts that fail while Vault is known to be away use nothing up: at the pod's end its token is revoked."""
     async with Stage() as stage:

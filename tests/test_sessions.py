@@ -1202,3 +1202,32 @@ async def test_a_lease_that_its_engine_cannot_renew_now_is_renewed_later() -> No
         stage.vault.mend()
         await asyncio.sleep(4 * HOUR)
         assert stage.vault.lease_of(files["user"]).ends > stage.world.now()
+
+
+@simulated
+async def test_a_lease_that_its_engine_never_renews_is_replaced_in_time() -> None:
+    """Its role is gone, or its database user: Vault's words are those of a database that is away for a moment."""
+    async with Stage() as stage:
+        node, pod = stage.node(), stage.pod("a")
+        stage.vault.breaks("sys/leases/renew", 400, "failed to renew entry: resp: (nil) err: could not find role")
+        end = stage.world.now() + 3 * HOUR
+        while stage.world.now() < end:
+            files = await node.mount(pod, *credential())
+            assert stage.vault.lease_of(files["user"]).ends > stage.world.now() + 75
+            await asyncio.sleep(75)
+        assert stage.vault.issued <= 5
+
+
+@simulated
+async def test_what_is_taken_up_is_not_written_again() -> None:
+    """A restart, or another daemon's credential, costs no write of what was just read."""
+    async with Stage() as stage:
+        node, pod = stage.node(kept=True), stage.pod("a")
+        await node.mount(pod, *credential())
+        await asyncio.sleep(1)
+        await stage.killed(node)
+        node = stage.node(kept=True)
+        await asyncio.sleep(60)
+        (session,) = node.sessions.all()
+        assert session.view(idle=False).leases
+        assert not session.file.changed

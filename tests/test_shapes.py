@@ -775,8 +775,22 @@ async def test_rendering_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert files.keys() == set(done)
     assert 1 <= len(done) <= 3
     assert len({str(error) for error in errors}) == 1
-    assert f"takes more than 0.2 s of processor time: no more than {len(done)} of its 9 objects" in str(errors[0])
+    assert f"takes more than 0.2 s of processor time: no more than {len(done)} of 9 objects" in str(errors[0])
     assert errors[0].code is Code.FAILED_PRECONDITION
+
+
+async def test_no_time_even_to_look_at_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are made into, all of them are told the same; no program is run on what was not looked at."""
+    monkeypatch.setattr(renderer, "MAX_SECONDS", -1.0)
+    programs = Programs(monkeypatch)
+    fields = ("template: '{{ secret.a }}'", "jmesPath: a", "format: json", "secretKey: '*'", "secretKey: a")
+    text = "\n".join(f"- {{objectName: o{n}, secretPath: b, {field}}}" for n, field in enumerate(fields))
+    files, errors = await rendered(text, {"a": "1"})
+    assert not files
+    assert not programs.ran
+    assert len(errors) == len(fields)
+    assert len({str(error) for error in errors}) == 1
+    assert "of processor time: no more than 0 of 5 objects" in str(errors[0])
 
 
 async def test_rendering_stops_at_what_a_volume_holds() -> None:

@@ -38,6 +38,7 @@ from provider.turns import Turns
 from provider.vault import (
     EngineMount,
     LeaseGone,
+    RenewalFailed,
     RenewalRefused,
     Vault,
     VaultSecret,
@@ -932,7 +933,13 @@ class TestStrangeAnswers:
         self, vault: Vault, faulty: Faulty, odd: object
     ) -> None:
         """Nor does one that says nothing at all: what is renewed lives as long as it did."""
-        for answer in ({}, {"auth": odd, "lease_duration": odd}, {"auth": {"lease_duration": odd}}):
+        faulty.on("auth/token/renew-self", Answer(204, b""))
+        with pytest.raises(VaultUnavailable, match="has none of the fields"):
+            await vault.renew_token(TOKEN, 60, within())
+        faulty.on("sys/leases/renew", Answer(204, b""))
+        with pytest.raises(RenewalRefused, match="renewed nothing"):
+            await vault.renew_lease(TOKEN, "lease", 60, within())
+        for answer in ({"message": "ok"}, {"auth": odd, "lease_duration": odd}, {"auth": {"lease_duration": odd}}):
             faulty.on("auth/token/renew-self", Answer(body=answer))
             faulty.on("sys/leases/renew", Answer(body=answer))
             with pytest.raises(VaultUnavailable, match="has none of the fields"):
@@ -949,6 +956,9 @@ class TestStrangeAnswers:
         for asked in (read(vault), vault.token_lives(TOKEN, within())):
             with pytest.raises(VaultUnavailable, match="is not Vault's API"):
                 await asked
+        faulty.on("auth/token/revoke-self", Answer(200, {"message": "maintenance"}))
+        with pytest.raises(VaultUnavailable, match="what answered a revocation"):
+            await vault.revoke_token(TOKEN, within())
         faulty.on("x", Answer(200, {"message": "maintenance"}))
         with pytest.raises(VaultUnavailable, match=r"what answered GET x at .* has none of the fields of Vault"):
             await read(vault)
@@ -957,7 +967,7 @@ class TestStrangeAnswers:
     async def test_an_engine_that_cannot_renew_now(self, vault: Vault, faulty: Faulty, words: str) -> None:
         """As while its database is away, unlike a lease at its maximum: it is to be asked once more."""
         faulty.on("sys/leases/renew", refusal(400, words))
-        with pytest.raises(VaultUnavailable if "connect" in words else RenewalRefused):
+        with pytest.raises(RenewalFailed if "connect" in words else RenewalRefused):
             await vault.renew_lease(TOKEN, "lease", 60, within())
 
     async def test_login_without_token(self, vault: Vault, faulty: Faulty) -> None:

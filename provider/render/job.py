@@ -79,6 +79,10 @@ class Job:
         values = [known[id(value)] for value in self._values]
         self.digest = hashlib.sha256(json.dumps([what, sources, values]).encode()).digest()
 
+    def refuse(self, error: ProviderError) -> None:
+        """Nothing is made of it; ``finish`` raises this."""
+        self._error = error
+
     def program(self) -> Program | None:
         """What has to be run in the sandbox; None where nothing has to."""
         if self._error is not None or not self._runs:

@@ -213,7 +213,7 @@ class _Budget:
             if self._error is None and time.thread_time() - began > self._left:
                 self._error = BadSecret(
                     f"to render the volume takes more than {MAX_SECONDS:g} s of processor time: no more than {done} of "
-                    f"its {self._objects} objects are done",
+                    f"{self._objects} objects are done",
                     "mount fewer keystores, includes and formats of large secrets, or split the SecretProviderClass",
                 )
             yield job, self._error
@@ -225,6 +225,8 @@ def _prepare(jobs: Sequence[Job], budget: _Budget) -> None:
     for job, error in budget.each(jobs):
         if error is None:
             job.prepare(known)
+        else:
+            job.refuse(error)
 
 
 def _finish(jobs: Sequence[Job], made: Made, contents: Contents, budget: _Budget) -> list[ProviderError | None]:

@@ -23,6 +23,8 @@ from provider.vault import Held, VaultSecret
 
 _log = logging.getLogger(__name__)
 
+# What is lent to keep a credential is more than it takes by this part of it: the next one may be some bytes longer.
+SLACK_PART: Final = 8
 # Requests that are remembered to have given nothing to keep; past it they are learnt anew.
 MAX_STATIC: Final = 4 * MAX_OBJECTS
 
@@ -156,16 +158,26 @@ class Holdings:
     def keep(self, kept: Kept) -> bool:
         """Keep it in the place of what was kept for its request; False where it would take too much memory."""
         before = self.kept.get(kept.request)
-        if before is not None:
-            before.held = None  # so that who has all that there is may have one for another
-        kept.held = self._lend_to_keep(kept.size)
+        if before is not None and before.held is not None:
+            # A successor of about its size takes its place, whatever others have taken meanwhile.
+            if not before.held.covers(kept.size):
+                return False
+            kept.held, before.held = before.held, None
+        else:
+            size = kept.size + kept.size // SLACK_PART
+            kept.held = self._lend_to_keep(size) or self._lend_after_the_dead(size)
         if kept.held is None:
-            if before is not None:
-                before.held = self._lend_to_keep(before.size)
             return False
         self.kept[kept.request] = kept
-        self.changed = True
         return True
+
+    def _lend_after_the_dead(self, size: int) -> Held | None:
+        """Once more, without what is over: a volume whose mounts fail does not let go of it."""
+        now = self._clock.now()
+        for request, kept in list(self.kept.items()):
+            if not kept.lives(now):
+                del self.kept[request]
+        return self._lend_to_keep(size)
 
     def made_of(self, volume: str, answers: Answers) -> object:
         """What the last mount of ``volume`` made of these very answers; None where any of them is another."""
@@ -305,7 +317,7 @@ class Holdings:
         for request, kept in merged.items():
             if before.get(request) is not kept and not self.keep(kept):
                 _log.warning(
-                    "a credential is let go, and left to end: those of namespace %s take all the memory that there is",
+                    "a credential of another process is left to end: those of namespace %s take all the memory",
                     snapshot.pod.namespace,
                     extra={"pod": str(snapshot.pod), "path": request.path},
                 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -99,6 +100,8 @@ class HeldToken:
     uses_left: int | None
     dead: bool = False
     bears_leases: bool = False
+    expecting: int = field(default=0, compare=False)
+    """Requests under way whose answers may be leased."""
 
     def usable(self, now: float) -> bool:
         """Whether a read can go out under it."""
@@ -109,21 +112,28 @@ class HeldToken:
 
         Under its last use Vault gives no lease, and with it revokes those that it gave before.
         """
-        return self.uses_left is None or self.uses_left > (for_lease or self.bears_leases)
+        return self.uses_left is None or self.uses_left > (for_lease or self.bears_leases or self.expecting > 0)
 
-    def spend(self) -> None:
-        """One request goes out under it (docs/contract.md section 3: ``num_uses`` tokens run out)."""
+    def spend(self) -> bool:
+        """A request goes out under it; whether it counts (docs/contract.md section 3: ``num_uses`` tokens run out)."""
+        counts = bool(self.uses_left)
         if self.uses_left:
             self.uses_left -= 1
+        return counts
 
     def give_back(self) -> None:
-        """The request that was counted did not go out."""
+        """A request that counted did not go out."""
         if self.uses_left is not None:
             self.uses_left += 1
 
-    def expect_lease(self, *, expected: bool) -> None:
-        """A request is about to go out whose answer may be leased: from now on nobody takes the last use meanwhile."""
-        self.bears_leases |= expected and self.uses_left is not None
+    @contextlib.contextmanager
+    def expecting_lease(self, *, expected: bool = True) -> Iterator[None]:
+        """While a request is under way whose answer may be leased nobody takes the last use."""
+        self.expecting += expected
+        try:
+            yield
+        finally:
+            self.expecting -= expected
 
 
 @dataclass(slots=True)

@@ -55,6 +55,10 @@ LARGE_AT_ONCE: Final = 8
 _READING: Final = frozenset({"GET", "LIST"})
 
 
+class NoPlace(BadSecret):
+    """A credential that is to be kept, and for which there is no memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What all sessions of the daemon have in common. ``state`` gives the state directory once it can be used."""
@@ -264,30 +268,30 @@ class Session:
             # What is not known to be static may be leased: under a token that ends soon it would end as soon.
             for_lease = old is not None or not self._has.is_static(request)
             token = await self._token(mount, for_lease=for_lease, replaced=old)
-            token.expect_lease(expected=for_lease)
-            began = self._clock.now()
-            secret, token = await self._read(request, token, mount)
-        except VaultUnavailable as error:
+            with token.expecting_lease(expected=for_lease):
+                began = self._clock.now()
+                secret, token = await self._read(request, token, mount)
+                if secret.leased or secret.certificate_end is not None:
+                    await self._keep(read, secret, token, mount, began)
+                else:
+                    self._has.note_static(request)
+        except (VaultUnavailable, NoPlace) as error:
             if old is None or not old.lives(self._clock.now()):
                 raise
             _log.warning("kept the old credential of %s: %s", request.path, error, extra=self._about())
             at_hand[read] = Supply.KEPT
             return old.secret
-        if secret.leased or secret.certificate_end is not None:
-            await self._keep(read, secret, token, mount, began)
-        else:
-            self._has.note_static(request)
         return secret
 
     async def _obtain_fresh(self, read: Read, mount: _Mount) -> VaultSecret:
         """Read what is issued on every mount (``lease: fresh``); it is not kept and not renewed."""
         request = read.request
         token = await self._token(mount, for_lease=True)
-        token.expect_lease(expected=True)
-        began = self._clock.now()
-        secret, token = await self._read(request, token, mount)
-        seconds = self._clock.now() - began
-        token.bears_leases |= secret.leased
+        with token.expecting_lease():
+            began = self._clock.now()
+            secret, token = await self._read(request, token, mount)
+            seconds = self._clock.now() - began
+            token.bears_leases |= secret.leased
         ttl = secret.lease_duration if secret.leased else await self._certificate_ttl(request, secret, token, mount)
         self._has.note_fresh(request, certificate=ttl is not None and not secret.leased)
         if ttl is not None:
@@ -310,11 +314,12 @@ class Session:
         return secret, fresh
 
     async def _read_under(self, token: HeldToken, request: SecretRequest, mount: _Mount) -> VaultSecret:
-        self._spend(token)
+        counted = self._spend(token)
         try:
             secret = await self._around.shared.read(self._vault, request, token.auth, mount.deadline, mount.room)
         except (VaultUnreachable, NotSent):
-            token.give_back()
+            if counted:
+                token.give_back()
             raise
         mount.room.take(secret.size, leased=secret.leased)
         return secret
@@ -335,17 +340,17 @@ class Session:
             self._policy_login_at = now
         return await self._join("login", lambda: self._log_in(mount))
 
-    def _spend(self, token: HeldToken) -> None:
-        token.spend()
+    def _spend(self, token: HeldToken) -> bool:
         # Another process must not believe in uses that are gone.
         self._has.changed |= token.uses_left is not None
+        return token.spend()
 
     def _bury(self, token: HeldToken) -> None:
         token.dead = True
         _log.warning("Vault does not know the pod's token any more; logging in anew", extra=self._about())
 
     async def _keep(self, read: Read, secret: VaultSecret, token: HeldToken, mount: _Mount, began: float) -> None:
-        """Keep what is leased or issued. ``began`` is when Vault was asked."""
+        """Keep what is leased or issued. ``began`` is when Vault was asked. Raises NoPlace."""
         request = read.request
         seconds = self._clock.now() - began
         if secret.leased:
@@ -363,13 +368,14 @@ class Session:
         volumes = {mount.volume} | (old.volumes if old else set())
         kept = Kept(request, secret, life, token, volumes)
         has_room = self._has.keep(kept)
+        self._has.changed = True
         _log.info(
             "%s a credential", "issued" if old is None else "re-issued", extra=self._about() | {"path": request.path}
         )
         self._record_issue(read, secret, token, mount, ttl, again=old is not None, seconds=seconds)
         if not has_room:
             # It would end unrenewed in the pod's hands. Its lease ends with the pod's token.
-            raise BadSecret(
+            raise NoPlace(
                 f"the credentials of namespace {self.pod.namespace} take all the memory that the provider has for "
                 "them on this node",
                 "mount fewer or smaller ones in that namespace; those of a pod that ends make room by themselves",

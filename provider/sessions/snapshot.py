@@ -106,7 +106,7 @@ def _load(payload: dict[str, Any], clock: Clock) -> Snapshot:
     kept = [
         Kept(
             _request(saved["request"]),
-            VaultSecret(**saved["secret"], size=size_parsed(json.dumps(saved["secret"]["response"]).encode())),
+            VaultSecret(**saved["secret"], size=_size(saved["secret"]["response"])),
             _life(saved["life"], shift),
             tokens[saved["token"]],
             set(saved["volumes"]),
@@ -141,6 +141,10 @@ def merge(
             if found.secret.response == own_kept.secret.response:
                 _later(own_kept.life, found.life)
     return sorted(tokens.values(), key=lambda token: token.life.started_at), kept
+
+
+def _size(response: dict[str, Any]) -> int:
+    return size_parsed(json.dumps(response, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
 def _later(own: Lifetime, other: Lifetime) -> None:

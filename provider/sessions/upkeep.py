@@ -15,7 +15,7 @@ from provider.sessions.lifetime import Lifetime
 from provider.sessions.model import HeldToken, Kept
 from provider.telemetry.events import Renewal, Renewing, Revocation, Revoking, Telemetry, Who
 from provider.turns import Turns
-from provider.vault import LeaseGone, RenewalRefused, Renewed, Vault
+from provider.vault import LeaseGone, RenewalFailed, RenewalRefused, Renewed, Vault
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +132,16 @@ class Upkeep:
                 _log.warning("Vault renews the token not now, though it lives; trying again: %s", gone, extra=about)
             else:
                 _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
+        except RenewalFailed as failed:
+            # Until a re-mount could still bring another one in time.
+            reason = str(failed)
+            if life.expires_at - self._clock.now() > self._holdings.notice():
+                outcome = Renewing.UNANSWERED
+                life.unanswered(self._clock.now(), random.random())
+            else:
+                outcome = Renewing.REFUSED
+                life.refused()
+            _log.warning("not renewed: %s", failed, extra=about)
         except RenewalRefused as refused:
             outcome, reason = Renewing.REFUSED, str(refused)
             life.refused()

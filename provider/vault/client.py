@@ -116,6 +116,10 @@ class LeaseGone(ProviderError):
     """What was to be renewed exists no more at Vault."""
 
 
+class RenewalFailed(ProviderError):
+    """The engine could not renew it just now, or will not any more: it does not say which."""
+
+
 class RenewalRefused(ProviderError):
     """Vault will not renew it any further; it lives until the end that it has."""
 
@@ -286,8 +290,8 @@ class Vault:
     async def renew_lease(self, token: Sensitive[str], lease_id: str, increment: float, deadline: float) -> Renewed:
         """Ask for ``increment`` more seconds of a lease's life.
 
-        Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission),
-        VaultUnavailable.
+        Raises LeaseGone (no such lease), RenewalRefused (a live one at its limit, or no permission), RenewalFailed
+        (its engine has an error), VaultUnavailable.
         """
         from provider.vault.calls import Lease
 
@@ -298,9 +302,10 @@ class Vault:
             if refusal.status == 400 and "lease not found" in refusal.words:
                 raise LeaseGone(f"the lease is gone: {refusal.words}") from refusal
             if refusal.status == 400 and "failed to renew entry" in refusal.words and "max TTL" not in refusal.words:
-                # The engine could not do it, as while its database is away.
-                raise VaultUnavailable(f"Vault could not renew it: {refusal.words}", "see Vault's log") from refusal
+                raise RenewalFailed(f"Vault could not renew it: {refusal.words}", "see Vault's log") from refusal
             raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal
+        if not answer:
+            raise RenewalRefused("Vault renewed nothing")
         return Renewed(self._ttl(answer), _request_id(answer))
 
     def _ttl(self, renewed: Mapping[str, Any]) -> float:
@@ -327,7 +332,9 @@ class Vault:
 
         adapter = self._adapter(token, deadline, mount=_TOKENS, resend=True)
         try:
-            await Token(adapter).revoke_self()
+            answer = await Token(adapter).revoke_self()
+            if answer and not answer.keys() & _RESPONSE:
+                raise self._no_response("a revocation")
         except Refusal as refusal:
             if refusal.status != 403:
                 raise RenewalRefused(f"Vault answered {refusal.status}: {refusal.words}") from refusal

@@ -92,6 +92,14 @@ class Held:
     def __init__(self, loans: Loans, owner: str, size: int) -> None:
         self._loans, self._owner, self._size = loans, owner, size
 
+    def covers(self, size: int) -> bool:
+        """Hold ``size`` bytes at least; whether there are so many more for the owner."""
+        if size > self._size:
+            if not self._loans.lend(self._owner, size - self._size):
+                return False
+            self._size = size
+        return True
+
     def __del__(self) -> None:
         self._loans.give_back(self._owner, self._size)
 
