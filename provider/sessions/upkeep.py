@@ -120,27 +120,16 @@ class Upkeep:
                 life.refused()
             elif lease_id or not await self._lives(token):
                 life.gone(self._clock.now())
-            elif life.expires_at - self._clock.now() > self._holdings.notice():
+            else:
                 # The auth method may look at the pod's token again and not be able to just now: OpenBao's kubernetes
                 # method answers so while the API server is away. A re-mount could not log in either.
-                outcome = Renewing.UNANSWERED
-                life.unanswered(self._clock.now(), random.random())
-            else:
-                outcome = Renewing.REFUSED
-                life.refused()
+                outcome = self._not_now(life)
             if outcome is Renewing.UNANSWERED:
                 _log.warning("Vault renews the token not now, though it lives; trying again: %s", gone, extra=about)
             else:
                 _log.warning("%s; the next re-mount brings a new one", gone, extra=about)
         except RenewalFailed as failed:
-            # Until a re-mount could still bring another one in time.
-            reason = str(failed)
-            if life.expires_at - self._clock.now() > self._holdings.notice():
-                outcome = Renewing.UNANSWERED
-                life.unanswered(self._clock.now(), random.random())
-            else:
-                outcome = Renewing.REFUSED
-                life.refused()
+            outcome, reason = self._not_now(life), str(failed)
             _log.warning("not renewed: %s", failed, extra=about)
         except RenewalRefused as refused:
             outcome, reason = Renewing.REFUSED, str(refused)
@@ -171,6 +160,15 @@ class Upkeep:
                 request_id,
             )
         )
+
+    def _not_now(self, life: Lifetime) -> Renewing:
+        """Have it tried again while a re-mount could still bring another one in time; then leave it to that."""
+        now = self._clock.now()
+        if life.expires_at - now > self._holdings.notice():
+            life.unanswered(now, random.random())
+            return Renewing.UNANSWERED
+        life.refused()
+        return Renewing.REFUSED
 
     async def _lives(self, token: HeldToken) -> bool:
         """Whether Vault knows a token that it would not renew; where nobody can say, it is not given up."""
