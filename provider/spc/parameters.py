@@ -323,9 +323,6 @@ class Parameters:
             self._findings.warn(winner, f"wins over {' and '.join(losers)}, which differs")
         return value, winner
 
-    def _or(self, name: str, default: str) -> str:
-        return self._clean(name)[0] or default
-
     def _clean(self, name: str) -> tuple[str, str]:
         """As ``_folded``, with a control character noted."""
         value, spelling = self._folded(name)
