@@ -504,13 +504,22 @@ def left_of_mounts() -> int:
     return sum(isinstance(found, VaultSecret | ProviderError) for found in gc.get_objects())
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 503])
-async def test_an_error_does_not_hold_the_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+NO_RESPONSE = {"message": "canary"}
+OF_CERTIFICATE = {"auth": {"client_token": "hvs.canary", "metadata": {"cert_name": "node"}}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(status, {"errors": ["no"], "data": {"long": "canary"}}) for status in (400, 403, 404, 503)]
+    + [(200, NO_RESPONSE), (200, OF_CERTIFICATE)],
+)
+async def test_an_error_does_not_hold_the_answer(status: int, body: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors are kept until their mount ends, which may have a thousand: not with all that Vault said."""
     monkeypatch.setattr(adapter, "FIRST_BACKOFF_SECONDS", 0.01)
     servers = VaultServers(clock=SystemClock())
     with Faulty() as faulty:
-        faulty.on("x", Answer(status, {"errors": ["no"], "data": {"long": "canary"}}))
+        faulty.on("x", Answer(status, body))
+        faulty.on("auth/token/revoke-self", Answer(204, b""))
         vault = servers.get(VaultServer(faulty.address, "", TlsSettings()))
         with pytest.raises(ProviderError) as told:
             await vault.read(SecretRequest("GET", "x"), Sensitive("hvs.token"), soon())

@@ -242,23 +242,15 @@ class Vault:
         if request.query:
             url += "?" + urlencode(request.query)
         body = request.body.reveal().encode() if request.body is not None else None
+        answer: dict[str, Any] = {}
         try:
             answer = await adapter.request(request.method, url, data=body)
+            await self._refuse_unfit(request, answer, deadline)
         except Refusal as refusal:
             error = _read_error(request, refusal)
         except ProviderError as failure:
             error = failure
         else:
-            # What is below sys/ answers in shapes of its own (sys/health), and has no secrets.
-            if answer and not answer.keys() & _RESPONSE and not request.path.startswith("sys/"):
-                raise self._no_response(request)
-            auth = answer.get("auth")
-            if isinstance(auth, dict) and _is_of_the_certificate(auth):
-                await self._revoke_foreign(Sensitive(_text(auth.get("client_token"))), deadline)
-                raise RequestRefused(
-                    f"{request} is a login of the provider's own client certificate, which is no pod's",
-                    "log in by roleName and vaultAuthMountPath, as the pod",
-                )
             return VaultSecret(
                 response=answer,
                 lease_id=_text(answer.get("lease_id")),
@@ -266,10 +258,24 @@ class Vault:
                 renewable=bool(answer.get("renewable")),
                 size=adapter.size,
             )
+        del answer  # errors are kept until their mount ends
         try:
             raise error.alone()
         finally:
             del error
+
+    async def _refuse_unfit(self, request: SecretRequest, answer: Mapping[str, Any], deadline: float) -> None:
+        """Raise VaultUnavailable for what is no response of Vault's, RequestRefused for what is no pod's."""
+        # What is below sys/ answers in shapes of its own (sys/health), and has no secrets.
+        if answer and not answer.keys() & _RESPONSE and not request.path.startswith("sys/"):
+            raise self._no_response(request)
+        auth = answer.get("auth")
+        if isinstance(auth, dict) and _is_of_the_certificate(auth):
+            await self._revoke_foreign(Sensitive(_text(auth.get("client_token"))), deadline)
+            raise RequestRefused(
+                f"{request} is a login of the provider's own client certificate, which is no pod's",
+                "log in by roleName and vaultAuthMountPath, as the pod",
+            )
 
     async def renew_token(self, token: Sensitive[str], increment: float, deadline: float) -> Renewed:
         """Ask for ``increment`` more seconds of life.
