@@ -130,6 +130,25 @@ async def proxying(
 
 
 @both_loops
+class TestSilence:
+    async def test_the_kernel_looks_for_peers_that_are_gone(self) -> None:
+        """An idle connection within 25 s, and so long one whose peer acknowledges nothing."""
+        async with answering() as server:
+            pool = pool_of(server.port)
+            await get(pool)
+            (connection,) = pool._live
+            assert connection._transport is not None
+            held = connection._transport.get_extra_info("socket")
+            options = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            idle, between, tries, unacknowledged = (
+                held.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in options
+            )
+            assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert idle + between * tries <= 25
+            assert unacknowledged == 25_000
+
+
+@both_loops
 class TestExpecting:
     """Connections that are opened while the request before those they are for is under way."""
 

@@ -83,8 +83,11 @@ class Mounting:
 
     def __init__(self, outcome: MountResult | BaseException | Callable[[MountSpec], Awaitable[MountResult]]) -> None:
         self.outcome = outcome
+        self.rendering = 0.0
+        """Seconds of processor time that each says it took."""
 
     async def mount(self, spec: MountSpec, spent: Callable[[float], None]) -> MountResult:
+        spent(self.rendering)
         if isinstance(self.outcome, MountResult):
             return self.outcome
         if isinstance(self.outcome, BaseException):
@@ -810,3 +813,18 @@ async def test_connections_are_told_to_go(path: Path) -> None:
         async with serving(path, Mounting(result(RenderedFile("who", 0o600, b"second")))):
             while (await stub.Mount(REQUEST, wait_for_ready=True)).files[0].contents == b"first":
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("outcome", [PASSWORD, AccessDenied("no")], ids=["mounted", "failed"])
+async def test_rendering_counts_in_the_pods_share(path: Path, outcome: MountResult | ProviderError) -> None:
+    """Whether or not the mount succeeds: who took much of it is told so at the next one."""
+    mounts = Mounting(outcome)
+    async with serving(path, mounts) as stub:
+        for _ in range(2):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await stub.Mount(REQUEST, timeout=60)
+        mounts.rendering = 60.0
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await stub.Mount(REQUEST, timeout=60)
+        with pytest.raises(grpc.aio.AioRpcError, match="seconds of rendering its files"):
+            await stub.Mount(REQUEST, timeout=60)

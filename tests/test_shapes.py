@@ -721,6 +721,16 @@ async def test_large_answers_are_not_rendered_on_the_event_loop(
         assert len((await mount)["o"]) > MAX_ON_LOOP_BYTES
 
 
+async def test_time_of_rendering_is_told(node: Node, shop: EcommerceStand) -> None:
+    """Of what goes through the thread, and of nothing else: a usual mount costs no share."""
+    spent: list[float] = []
+    await node.mounter.mount(wanting(shop, f"- {{objectName: u, {APP}, secretKey: user}}"), spent.append)
+    assert not spent
+    await node.mounter.mount(wanting(shop, f"- {{objectName: u, {APP}, format: yaml}}"), spent.append)
+    assert spent
+    assert all(0 <= seconds < 2 for seconds in spent)
+
+
 async def test_rendering_goes_namespace_by_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose many mounts wait for the thread lets another have it next; who goes away is not waited for."""
     held = Held(monkeypatch)

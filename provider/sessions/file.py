@@ -115,6 +115,11 @@ class SessionFile:
                 finally:
                     await self._lock.aclose()
 
+    async def catch_up(self) -> None:
+        """Have the holdings know what another daemon wrote."""
+        async with self.held():
+            pass
+
     async def save(self) -> None:
         """Write what changed while it is held: what a crash would take before its last holder lets go."""
         async with self._gate:

@@ -160,7 +160,7 @@ class Holdings:
         before = self.kept.get(kept.request)
         if before is not None and before.held is not None:
             # A successor of about its size takes its place, whatever others have taken meanwhile.
-            if not before.held.covers(kept.size):
+            if not before.held.grow(kept.size):
                 return False
             kept.held, before.held = before.held, None
         else:

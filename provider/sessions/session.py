@@ -138,8 +138,7 @@ class Session:
         class_name = self.class_name  # another mount of the pod, of another class, may begin before this is over
         self._has.asked = True
         if self._has.tokens and self.file.is_behind():
-            async with self.file.held():  # another daemon wrote; know what it did before answering from memory
-                pass
+            await self.file.catch_up()  # before answering from memory
         began = self._has.newest.serial if self._has.newest else -1
         mount = _Mount(volume, began, self._has.interval(volume), log_in, deadline, class_name, objects, room)
         at_hand: dict[Read, Supply] = {}
@@ -526,8 +525,8 @@ class Session:
         """
         self.file.end()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
-        async with self.file.held():
-            pass  # what another daemon wrote, or this one before it had its key again, is the pod's too
+        # What another daemon was given, or this one before it had its key again, is the pod's too.
+        await self.file.catch_up()
         self._has.clear()
         await asyncio.gather(*map(self._upkeep().revoke_surely, self._has.tokens))
         await self.file.remove()

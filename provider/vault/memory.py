@@ -92,8 +92,8 @@ class Held:
     def __init__(self, loans: Loans, owner: str, size: int) -> None:
         self._loans, self._owner, self._size = loans, owner, size
 
-    def covers(self, size: int) -> bool:
-        """Hold ``size`` bytes at least; whether there are so many more for the owner."""
+    def grow(self, size: int) -> bool:
+        """Hold ``size`` bytes at least from now on; False, and nothing changes, where the owner has no more."""
         if size > self._size:
             if not self._loans.lend(self._owner, size - self._size):
                 return False
