@@ -13,18 +13,19 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from provider.clock import Clock
-from provider.errors import AccessDenied, AnswerLost, BadSecret, ProviderError, VaultUnavailable
+from provider.errors import AccessDenied, BadSecret, ProviderError, VaultUnavailable
 from provider.sessions.file import SessionFile
 from provider.sessions.holdings import Holdings
 from provider.sessions.lifetime import certificate_life, must_replace
 from provider.sessions.model import Answers, Fetched, HeldToken, Identity, Kept, LogIn, Read
 from provider.sessions.shared import SharedReads
 from provider.sessions.snapshot import Snapshot
+from provider.sessions.tasks import Tasks, seen
 from provider.sessions.upkeep import Upkeep
 from provider.spc import ObjectSpec, Pod, SecretRequest
 from provider.state import StateDir
@@ -45,8 +46,6 @@ _T = TypeVar("_T")
 # docs/contract.md section 3: a dead token and a policy denial look alike. Where the token lives, a new login may
 # still help (policies of groups are looked up then), but not at each of kubelet's retries.
 POLICY_LOGIN_SECONDS: Final = 300.0
-# What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
-ANSWER_SECONDS: Final = 300.0
 # How often a mount asks again for what had no room. Once is enough, but where it joins what another mount asks for.
 MAX_ROOM_TRIES: Final = 3
 # Reads of such a mount at one time: where the first few fill its room, Vault need not answer fifty.
@@ -112,10 +111,10 @@ class Session:
             remember=functools.partial(around.memory.remembered.hold, pod.namespace),
             keep=functools.partial(around.memory.kept.hold, pod.namespace),
         )
-        self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._crowded = False  # whether an answer to the last mount that asked Vault had no room
         self._policy_login_at = float("-inf")
         self.file = SessionFile(identity, pod, around.state, around.clock, self._has)
+        self._tasks = Tasks(self.file)
 
     # -- mounts ----------------------------------------------------------------------------------------------------
 
@@ -158,7 +157,7 @@ class Session:
     def settle(self, volume: str, answers: Mapping[Read, VaultSecret], made: object = None) -> bool:
         """The mount of ``volume`` succeeded, and made this of ``answers``; whether it has shown that rotation is on."""
         rotates = self._has.settle(volume, answers, made)
-        if not self._under_way:
+        if not self._tasks.running:
             self._has.forget_tokens()
         return rotates
 
@@ -184,7 +183,7 @@ class Session:
         if len(found) == len(reads):
             return answers
         asked: dict[Read, asyncio.Task[VaultSecret]] = {}
-        others = set(self._under_way.values()) if self._under_way else ()
+        others = set(self._tasks.running) if self._tasks.running else ()
         for read in reads:
             if read not in found:
                 at_hand.pop(read, None)
@@ -231,13 +230,13 @@ class Session:
     def _ask(self, read: Read, mount: _Mount, at_hand: dict[Read, Supply]) -> asyncio.Task[VaultSecret]:
         """The task that brings the answer, begun here or under way."""
         if read.fresh:
-            return self._task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
+            return self._tasks.task((mount.volume, read.request), lambda: self._obtain_fresh(read, mount))
         newest = self._has.newest
         static = self._has.is_static(read.request)
         known = static and newest is not None and newest.usable(self._clock.now())
         # Nothing that is ours is lost with its answer: the next mount asks anew, and joins nothing that hangs.
         lossless = static or self._around.shared.reads_kv(self._vault, read.request)
-        return self._task(
+        return self._tasks.task(
             read.request,
             lambda: self._obtain(read, mount, at_hand),
             issues=not known,
@@ -253,7 +252,7 @@ class Session:
             return secret
 
         joined = asyncio.create_task(join())
-        joined.add_done_callback(_seen)
+        joined.add_done_callback(seen)
         return joined
 
     async def _obtain(self, read: Read, mount: _Mount, at_hand: dict[Read, Supply]) -> VaultSecret:
@@ -303,7 +302,7 @@ class Session:
         except AccessDenied:
             if token.serial > mount.began:
                 raise
-            fresh = await self._join(("denied", id(token)), lambda: self._after_denial(token, mount))
+            fresh = await self._tasks.join(("denied", id(token)), lambda: self._after_denial(token, mount))
             if fresh is None:
                 raise
         secret = await self._read_under(fresh, request, mount)
@@ -337,7 +336,7 @@ class Session:
             if now < self._policy_login_at + POLICY_LOGIN_SECONDS:
                 return None
             self._policy_login_at = now
-        return await self._join("login", lambda: self._log_in(mount))
+        return await self._tasks.join("login", lambda: self._log_in(mount))
 
     def _spend(self, token: HeldToken) -> bool:
         # Another process must not believe in uses that are gone.
@@ -461,7 +460,7 @@ class Session:
         """The token at hand, or a new one."""
         token = self._token_at_hand(mount, for_lease=for_lease, replaced=replaced)
         while token is None:
-            new = await self._join("login", lambda: self._log_in(mount))
+            new = await self._tasks.join("login", lambda: self._log_in(mount))
             # Others who waited for it may have used it up. One of a single use serves what it can; and one that lives
             # no longer than its login took is for Vault to refuse, as another would be.
             if new.has_uses(for_lease=for_lease and new.auth.num_uses != 1):
@@ -477,11 +476,11 @@ class Session:
         self._has.changed = True
         if self.file.in_use:
             # Beside the reads that it is for: a token that nobody remembers after a crash could not be revoked.
-            self._start(("save", id(token)), self.file.save)
+            self._tasks.start(("save", id(token)), self.file.save)
         for old in superseded:
             if not old.bears_leases and old.usable(self._clock.now()):
                 # Nothing of the pod's hangs on it, so there is no reason to leave it at Vault.
-                self._start(("revoke", id(old)), functools.partial(self._upkeep().revoke_once, old, "superseded"))
+                self._tasks.start(("revoke", id(old)), functools.partial(self._upkeep().revoke_once, old, "superseded"))
         _log.info("logged in", extra=self._about() | {"accessor": auth.accessor, "ttl_seconds": auth.ttl})
         return token
 
@@ -508,11 +507,11 @@ class Session:
 
     def holds_nothing(self) -> bool:
         """Whether all that it ever had at Vault is over, so that it can be dropped without a word."""
-        return not self._under_way and self._has.over()
+        return not self._tasks.running and self._has.over()
 
     def is_blank(self) -> bool:
         """Whether no login of it has ever succeeded and none is under way: it is not worth a place."""
-        return not self._under_way and self._has.empty()
+        return not self._tasks.running and self._has.empty()
 
     def token_ttl(self) -> float:
         """The life that the current token was given, in seconds; 0 without a token or without an end."""
@@ -524,7 +523,7 @@ class Session:
         What fails is tried again with backoff until the token's own expiry, a day at most.
         """
         self.file.end()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        await self._tasks.ended()
         # What another daemon was given, or this one before it had its key again, is the pod's too.
         await self.file.catch_up()
         self._has.clear()
@@ -534,7 +533,7 @@ class Session:
     async def let_go(self) -> None:
         """No room is left for it between mounts: revoke what no credential of the pod hangs on, forget the rest."""
         self.file.end()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        await self._tasks.ended()
         # The file first: a re-mount that comes at once must not take up what is being revoked.
         await self.file.remove()
         for token in self._has.tokens:
@@ -543,65 +542,7 @@ class Session:
 
     async def close(self) -> None:
         """The process ends: nothing is revoked, and what is under way is abandoned."""
-        tasks = list(self._under_way.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    # -- tasks -----------------------------------------------------------------------------------------------------
-
-    async def _join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away."""
-        return await asyncio.shield(self._task(key, start))
-
-    def _task(
-        self,
-        key: object,
-        start: Callable[[], Coroutine[Any, Any, _T]],
-        *,
-        issues: bool = True,
-        until: float = math.inf,
-    ) -> asyncio.Task[_T]:
-        """The task for ``key``, started here unless it is under way.
-
-        ``issues`` says that it may issue something, and so must hold the session's file where there is one. ``until``,
-        in the event loop's time, is when it is given up though others may have joined it.
-        """
-        task: asyncio.Task[_T] | None = self._under_way.get(key)
-        if task is not None:
-            return task
-        return self._start(key, start, held=issues and self.file.in_use, until=until)
-
-    def _start(
-        self,
-        key: object,
-        start: Callable[[], Coroutine[Any, Any, _T]],
-        *,
-        held: bool = False,
-        until: float = math.inf,
-    ) -> asyncio.Task[_T]:
-        task = self._under_way[key] = asyncio.create_task(self._bounded(start, held=held, until=until))
-        task.add_done_callback(lambda done: self._done(key, done))
-        return task
-
-    def _done(self, key: object, task: asyncio.Task[Any]) -> None:
-        del self._under_way[key]
-        _seen(task)
-
-    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool, until: float) -> _T:
-        """Do it within ANSWER_SECONDS, and by ``until``; if ``held`` while the session's file is held."""
-        began = asyncio.get_running_loop().time()
-        until = min(until, began + ANSWER_SECONDS)
-        try:
-            async with asyncio.timeout_at(until):
-                if not held:
-                    return await start()
-                async with self.file.held():
-                    return await start()
-        except TimeoutError as error:
-            raise AnswerLost(
-                f"Vault did not answer within {until - began:.0f} s", "check Vault's load and the network to it"
-            ) from error
+        await self._tasks.close()
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -636,9 +577,3 @@ class Session:
 
     def _about(self) -> dict[str, object]:
         return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}
-
-
-def _seen(task: asyncio.Task[Any]) -> None:
-    """Who waited may be gone, and Python would complain of an exception that nobody read."""
-    if not task.cancelled():
-        task.exception()

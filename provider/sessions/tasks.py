@@ -1,0 +1,102 @@
+"""What a session has under way: each thing once, by its key, joined by whoever asks for the same.
+
+Who asked may go away; what was sent is waited for all the same (docs/decisions/issuing-tasks.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Final, TypeVar
+
+from provider.errors import AnswerLost
+from provider.sessions.file import SessionFile
+
+_T = TypeVar("_T")
+
+# What was sent is waited for beyond its mount's own time, since its answer may hold a credential that is ours.
+ANSWER_SECONDS: Final = 300.0
+
+
+class Tasks:
+    """The tasks of one session, whose ``file`` those hold that may issue something."""
+
+    def __init__(self, file: SessionFile) -> None:
+        self._file = file
+        self._tasks: dict[object, asyncio.Task[Any]] = {}
+
+    @property
+    def running(self) -> Collection[asyncio.Task[Any]]:
+        """Those that have not ended."""
+        return self._tasks.values()
+
+    async def join(self, key: object, start: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """The result of the task for ``key``, started here unless it is under way; whoever waits may go away."""
+        return await asyncio.shield(self.task(key, start))
+
+    def task(
+        self,
+        key: object,
+        start: Callable[[], Coroutine[Any, Any, _T]],
+        *,
+        issues: bool = True,
+        until: float = math.inf,
+    ) -> asyncio.Task[_T]:
+        """The task for ``key``, started here unless it is under way.
+
+        ``issues`` says that it may issue something, and so must hold the session's file where there is one. ``until``,
+        in the event loop's time, is when it is given up though others may have joined it. It raises AnswerLost then, or
+        after ANSWER_SECONDS.
+        """
+        task: asyncio.Task[_T] | None = self._tasks.get(key)
+        if task is not None:
+            return task
+        return self.start(key, start, held=issues and self._file.in_use, until=until)
+
+    def start(
+        self,
+        key: object,
+        start: Callable[[], Coroutine[Any, Any, _T]],
+        *,
+        held: bool = False,
+        until: float = math.inf,
+    ) -> asyncio.Task[_T]:
+        """Start a task for ``key``, of which there is none; if ``held``, it holds the session's file."""
+        task = self._tasks[key] = asyncio.create_task(self._bounded(start, held=held, until=until))
+        task.add_done_callback(lambda done: self._done(key, done))
+        return task
+
+    async def ended(self) -> None:
+        """Wait for all that is under way, however it ends."""
+        await asyncio.gather(*self.running, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Abandon all that is under way."""
+        for task in self.running:
+            task.cancel()
+        await self.ended()
+
+    def _done(self, key: object, task: asyncio.Task[Any]) -> None:
+        del self._tasks[key]
+        seen(task)
+
+    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool, until: float) -> _T:
+        began = asyncio.get_running_loop().time()
+        until = min(until, began + ANSWER_SECONDS)
+        try:
+            async with asyncio.timeout_at(until):
+                if not held:
+                    return await start()
+                async with self._file.held():
+                    return await start()
+        except TimeoutError as error:
+            raise AnswerLost(
+                f"Vault did not answer within {until - began:.0f} s", "check Vault's load and the network to it"
+            ) from error
+
+
+def seen(task: asyncio.Task[Any]) -> None:
+    """Who waited may be gone, and Python would complain of an exception that nobody read."""
+    if not task.cancelled():
+        task.exception()
