@@ -21,6 +21,7 @@ import pytest
 from tests.live import DATABASE, NODE, Cluster, Daemon, class_of, contents
 from tests.stand.driver import MountOutcome
 from tests.stand.kubelet import Failure, Kubelet
+from tests.stand.process import StandError
 from tests.stand.waiting import eventually
 
 # It fills the machine, and beside others each of some twenty starts of a daemon would take ten seconds.
@@ -138,8 +139,13 @@ class Node:
     def _look(self) -> None:
         """Look into all volumes all the time, as their pods do."""
         while not self._over.wait(LOOKING):
-            for mounted in list(self._volumes.values()):
-                self._looked_at(mounted)
+            for number, mounted in list(self._volumes.items()):
+                try:
+                    self._looked_at(mounted)
+                except StandError:
+                    if number in self._volumes:
+                        raise
+                    continue  # its pod has gone meanwhile, and its kubelet with all volumes
                 self._run.looks += 1
 
     def _rotate(self) -> None:
