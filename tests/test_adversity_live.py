@@ -237,6 +237,8 @@ def test_state_that_cannot_be_written(cluster: Cluster, disk: Disk, fault: str) 
     """Mounts go on while the disk is full or read-only, which is told once; afterwards what was not written is."""
     role = "diskfull" if fault == "full" else "diskro"
     cluster.role(role)
+    sealed = disk.directory / "state"
+    again = f"the state directory {sealed} is written to again"
     with Kept(cluster, disk) as daemon, Driver(daemon.socket) as driver:
         before = cluster.mount(driver, cluster.pod(f"{role}-1"), class_of(role, *DATABASE))
         with ExitStack() as faults:
@@ -248,13 +250,12 @@ def test_state_that_cannot_be_written(cluster: Cluster, disk: Disk, fault: str) 
                 assert driver.remount(mounted).files == mounted.files
                 assert cluster.postgres.can_login(*credential(mounted))
             assert said(daemon, *CANNOT) == 1
-            assert said(daemon, f"the state directory {disk.directory / 'state'} is written to again") == 0
+            assert said(daemon, again) == 0
         for mounted in during:
             driver.remount(mounted)
-        sealed = disk.directory / "state"
         eventually(lambda: len(list(sealed.glob("*.session"))) == 3, "all sessions are on the disk")
+        eventually(lambda: said(daemon, again) == 1, "the last step of a write, told")
         assert said(daemon, *CANNOT) == 1
-        assert said(daemon, f"the state directory {sealed} is written to again") == 1
         restarted(daemon, driver, before, *during)
     assert (cluster.issued(role), cluster.logins(role)) == (3, 3)
 
