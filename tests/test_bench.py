@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.bench import chart, report, scale, scenarios, yardstick
+from tests.bench import chart, report, scale, scenarios
 from tests.bench.load import BenchFailed, Lane
 from tests.bench.profile import read
 from tests.bench.results import Results, run
 from tests.bench.scenarios import Figure, Requests, count
-from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon, program
-from tests.bench.targets import REFERENCE_READ_MS, Target, growth, slowness, targets
+from tests.bench.stand import ENGINE_PATH, LOGIN_PATH, BenchStand, Daemon
+from tests.bench.targets import REFERENCE_CPU, REFERENCE_WALL, Target, growth, slowness, slowness_of_boots, targets
 from tests.stand.latency import LatencyProxy, RequestCounter
-from tests.stand.process import StandError
 from tests.tools import ROOT
 
 # What is counted as a daemon's CPU or memory is its own only where nothing crowds it out.
@@ -174,37 +173,30 @@ class TestLoad:
             scenarios.expect(passed, "warm", reads=10)
 
 
-class TestYardstick:
-    def test_reads_go_out_as_many_as_said(self, stand: BenchStand) -> None:
-        """Each read is a request of its own, over 64 connections at most, and what is printed is for one of them."""
-        path, value = "bench/data/yardstick", stand.secret("yardstick")
+class TestReference:
+    def test_mounts_and_keeps_nothing(self, stand: BenchStand) -> None:
+        """Each mount by the reference has all files, byte for byte, for one login and its reads, at once."""
+        lane = stand.static(stand.pod(), PATHS)
         stand.proxy.delay(0.02)
-        stand.proxy.forget()
-        cost = program("yardstick", [stand.proxy.address, stand.bao.root_token, path, value])
-        passed = stand.proxy.passed()
-        assert passed.requests == {("GET", f"/v1/{path}"): yardstick.WARM_UP + yardstick.READS}
-        assert passed.most_open == 64
-        assert 0 < cost < 0.02
+        with stand.reference() as reference:
+            for _ in range(2):
+                stand.proxy.forget()
+                stand.load.drive(reference.socket, [lane])
+                passed = stand.proxy.passed()
+                assert passed.requests == {("POST", f"/v1/{LOGIN_PATH}"): 1, **READS}
+                assert passed.most_open == len(PATHS)
 
-    def test_goes_straight_to_openbao(self, stand: BenchStand) -> None:
-        """The proxy's work and delay are not in it."""
-        stand.proxy.forget()
-        assert scenarios.yardstick(stand, 1).median > 0
-        assert stand.proxy.passed().requests == {}
+    def test_wrong_answer_ends_the_run(self, stand: BenchStand) -> None:
+        """A class that the reference cannot mount is no result of its either."""
+        objects = [{"objectName": "a", "secretPath": "bench/data/nothing", "secretKey": "value"}]
+        with stand.reference() as reference, pytest.raises(BenchFailed, match="bench/data/nothing: 404"):
+            stand.load.drive(reference.socket, [Lane(stand.request(stand.pod(), "app", objects, {}), {})])
 
-    @pytest.mark.parametrize(
-        ("path", "told"),
-        [
-            ("bench/data/yardstick", "bench/data/yardstick: another value than was written"),
-            ("bench/data/nothing", "bench/data/nothing: 404"),
-        ],
-    )
-    def test_wrong_answer_ends_the_run(self, stand: BenchStand, path: str, told: str) -> None:
-        """A read that does not bring the value is no read, and the value is not told."""
-        value = stand.secret("yardstick")
-        with pytest.raises(StandError, match=told) as caught:
-            program("yardstick", [stand.bao.address, stand.bao.root_token, path, value[:-1] + "?"])
-        assert value[:-1] not in str(caught.value)
+    def test_is_measured_as_the_provider_is(self, results: Results) -> None:
+        """Its boots are as many as the provider's, and took time and CPU."""
+        boot = results.boot
+        assert len(boot.reference_wall.values) == len(boot.reference_cpu.values) == len(boot.wall.values)
+        assert 0 < boot.reference_cpu.low <= 2 * boot.reference_wall.high
 
 
 class TestReferenceSpeed:
@@ -228,15 +220,23 @@ class TestReferenceSpeed:
         assert (target.at_reference, target.met, target.met_at_reference) == (computed, met, met_at_reference)
 
     def test_factor_is_the_median_over_the_reference(self, results: Results) -> None:
-        """Three runs of 2, 3 and 7 times the reference's CPU make a factor of 3, whatever the slowest took."""
-        runs = tuple(times * REFERENCE_READ_MS / 1000 for times in (7, 2, 3))
-        assert slowness(dataclasses.replace(results, yardstick=Figure(runs))) == pytest.approx(3)
+        """Boots of 2, 3 and 7 times what the reference took make a factor of 3, whatever the slowest took."""
+        boot = dataclasses.replace(
+            results.boot,
+            reference_cpu=Figure(tuple(times * REFERENCE_CPU for times in (7, 2, 3))),
+            reference_wall=Figure(tuple(times * REFERENCE_WALL for times in (9, 4, 1))),
+        )
+        slow = dataclasses.replace(results, boot=boot)
+        assert slowness(slow) == pytest.approx(3)
+        assert slowness_of_boots(slow) == pytest.approx(4)
 
     def test_only_times_and_shares_of_a_core_are_computed(self, results: Results) -> None:
-        """Memory, ratios and counts stay as they are; every time is divided by one factor."""
+        """Memory, ratios and counts stay as they are; every time but a boot's is divided by the factor of CPU."""
         promises = targets(results)
         computed = {one.name for one in promises if one.factor is not None}
-        assert {one.factor for one in promises if one.name in computed} == {slowness(results)}
+        of_boots = {one.name for one in promises if one.factor == slowness_of_boots(results)}
+        assert of_boots == {"node boot: time until all pods are mounted"}
+        assert {one.factor for one in promises if one.name in computed - of_boots} == {slowness(results)}
         assert computed == {one.name for one in promises if one.unit in ("ms", "s") or "of one core" in one.name}
         assert len(computed) == len(promises) - 8
 
@@ -258,21 +258,24 @@ class TestReferenceSpeed:
         assert counts.startswith("1 of 4 are met as measured; 2 of 4 at the reference's speed")
 
     def test_page_tells_both(self, results: Results) -> None:
-        """Ten times as slow as the reference: the page has both verdicts of a boot, both counts and the yardstick."""
-        slow = dataclasses.replace(
-            results,
-            yardstick=Figure((10 * REFERENCE_READ_MS / 1000,)),
-            boot=dataclasses.replace(results.boot, wall=Figure((4.0,)), cpu=Figure((7.0,))),
+        """Ten times as slow as the reference: the page has both verdicts of a boot, both counts, and the reference."""
+        boot = dataclasses.replace(
+            results.boot,
+            wall=Figure((3.4,)),
+            cpu=Figure((7.0,)),
+            reference_wall=Figure((20 * REFERENCE_WALL,)),
+            reference_cpu=Figure((10 * REFERENCE_CPU,)),
         )
+        slow = dataclasses.replace(results, boot=boot)
         page = report.render(slow, "")
-        assert "| node boot: time until all pods are mounted | 0.85 s | 4 s | **missed** | 0.4 s | met |" in page
+        assert "| node boot: time until all pods are mounted | 0.85 s | 3.4 s | **missed** | 0.17 s | met |" in page
         assert "| node boot: CPU | 0.5 s | 7 s | **missed** | 0.7 s | **missed** |" in page
         assert re.search(r"\| connections to Vault at most \| 64  \| \d+  \| met \| - \|  \|", page)
         words = " ".join(page.split())
         assert report.counted(targets(slow)) in words
-        assert "Here that is 1.10 (1.10-1.10) ms, where the limits were set it was 0.11 ms" in words
-        assert "the factor, 10.0," in words
-        assert report.yardstick(slow) in report.headline(slow)
+        assert "20.0 times as long for a boot, and 10.0 times the CPU" in words
+        assert "in 0.20 times the reference's time and with 1.75 times its CPU; the limits allow 1 and 1.25." in words
+        assert report.reference(slow) in report.headline(slow)
 
 
 class TestProxy:

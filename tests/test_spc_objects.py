@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 import pytest
 
 from provider.settings import MAX_OBJECTS, Settings
@@ -61,6 +63,17 @@ def test_a_class_without_objects_is_refused(text: str) -> None:
 def test_objects_that_are_no_list_are_refused(text: str) -> None:
     """The remedy shows the dash that is most likely missing."""
     assert fault(text).startswith("objects: is not a YAML list (begin each object with a dash")
+
+
+def test_the_spelling_of_other_providers_is_known() -> None:
+    """The Azure provider's classes have a key above the list and a text for each object: the remedy names both."""
+    text = "- |\n  objectName: a\n  secretPath: b\n"
+    remedy = 'remove the line "array:" and the | behind each dash'
+    assert fault(f"array:\n{indent(text, '  ')}").startswith(f"objects: is not a YAML list ({remedy}")
+    assert fault(text).startswith(f"objects[0]: is not a map of fields ({remedy}")
+    # A map that happens to have that key is told what is most likely missing.
+    assert "begin each object with a dash" in fault("array: a\n")
+    assert 'add "- objectName: password"' in fault("- |\n  secretPath: b\n")
 
 
 @pytest.mark.parametrize("item", ["null", "text", "[objectName, a]"])

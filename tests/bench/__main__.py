@@ -32,7 +32,7 @@ def main() -> int:
     page = report.write(results, quick=quick)
     print()
     print(report.terminal(targets(results)))
-    print(f"Yardstick: {report.yardstick(results)}.")
+    print(f"A boot by the program that the targets were set by: {report.reference(results)}.")
     print(f"\n{results.took:.0f} s. The page: {page}")
     return 0
 

@@ -75,7 +75,6 @@ class Results:
     """What came of each scenario. `took` is the whole run's seconds."""
 
     machine: Machine
-    yardstick: Figure
     floors: tuple[Floor, ...]
     singles: tuple[Single, ...]
     boot: Boot
@@ -120,9 +119,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Results:
                 )
                 floors.append(scenarios.floor(stand, round_trip, plan.runs))
                 singles += [scenarios.single(stand, daemon, objects, round_trip, plan.runs) for objects in plan.objects]
-        say(f"the yardstick, {plan.yardsticks} times")
-        yardstick = scenarios.yardstick(stand, plan.yardsticks)
-        say(f"a node's boot, {plan.boots} times")
+        say(f"a node's boot, {plan.boots} times, and as often by the reference")
         boot = scenarios.boot(stand, plan.boots, plan.pods)
         say(f"replicas, {plan.boots} times")
         replicas = scenarios.replicas(stand, plan.boots, plan.pods)
@@ -145,7 +142,6 @@ def run(plan: Plan, say: Callable[[str], None]) -> Results:
             small_alone, large = scenarios.large(stand, daemon, plan.boots)
     return Results(
         machine,
-        yardstick,
         tuple(floors),
         tuple(singles),
         boot,

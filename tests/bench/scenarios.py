@@ -31,7 +31,6 @@ class Plan:
 
     runs: int
     boots: int
-    yardsticks: int
     pods: int
     round_trips: tuple[float, ...]
     objects: tuple[int, ...]
@@ -49,7 +48,6 @@ class Plan:
 FULL: Final = Plan(
     runs=9,
     boots=5,
-    yardsticks=5,
     pods=PODS,
     round_trips=(0.0, 0.002, 0.005, 0.020),
     objects=(1, 10, 50, 200),
@@ -66,7 +64,6 @@ FULL: Final = Plan(
 QUICK: Final = Plan(
     runs=3,
     boots=1,
-    yardsticks=2,
     pods=PODS,
     round_trips=(0.005,),
     objects=(1, 10, 200),
@@ -83,7 +80,6 @@ QUICK: Final = Plan(
 SMOKE: Final = dataclasses.replace(
     QUICK,
     runs=1,
-    yardsticks=1,
     pods=12,
     rotating_pods=2,
     hour_seconds=10.0,
@@ -161,14 +157,6 @@ def count(passed: Passed) -> Requests:
     return Requests(logins, reads, issued, engines, renewals, revocations, passed.total - known)
 
 
-# The machine -------------------------------------------------------------------------------------------
-
-
-def yardstick(stand: BenchStand, runs: int) -> Figure:
-    """Seconds of CPU that one read takes a client that is not ours."""
-    return figure([stand.yardstick() for _ in range(runs)])
-
-
 # One mount ---------------------------------------------------------------------------------------------
 
 
@@ -225,10 +213,13 @@ class Boot:
     """All pods of a node at once, before a daemon that has just started.
 
     `bare_wall` and `bare_cpu` are what the same logins and reads take by `tests.bench.bare`; `vault_cpu` what they take
-    of OpenBao, `vault_cpu_default` where the tokens have its default policy too.
+    of OpenBao, `vault_cpu_default` where the tokens have its default policy too. `reference_wall` and `reference_cpu`
+    are what the same mounts take by `tests.bench.reference`.
     """
 
     pods: int
+    reference_wall: Figure
+    reference_cpu: Figure
     bare_wall: Figure
     bare_cpu: Figure
     vault_cpu: Figure
@@ -255,26 +246,26 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
     """A node's boot, each with a daemon of its own."""
     stand.proxy.delay(round_trip)
     results: list[tuple[float, ...]] = []
+    reference: list[tuple[float, float]] = []
     bare: list[Bare] = []
     under_default: list[float] = []
     passed = Passed({}, 0, 0)
     for _ in range(runs):
         bare.append(stand.bare(pods, OBJECTS))
         under_default.append(stand.bare(pods, OBJECTS, DEFAULT).vault_cpu)
-        lanes = boot_lanes(stand, pods)
+        with stand.reference() as program:
+            seconds, cpu, *_ = _booted(stand, program, pods)
+            reference.append((seconds, cpu))
         with stand.daemon() as daemon:
-            time.sleep(0.5)  # what is done right after the start is not the boot's
-            idle, before = daemon.memory(), daemon.cpu()
-            stand.proxy.forget()
-            driven = stand.load.drive(daemon.socket, lanes)
-            cpu = daemon.cpu() - before
-            passed = stand.proxy.passed()
-            expect(passed, "node boot", logins=pods, reads=pods * OBJECTS)
-            results.append((wall(driven), cpu, daemon.started_in, idle, daemon.memory(), daemon.peak()))
+            seconds, cpu, idle, passed = _booted(stand, daemon, pods)
+            results.append((seconds, cpu, daemon.started_in, idle, daemon.memory(), daemon.peak()))
     walls, cpus, starts, idles, afters, peaks = (figure(column) for column in zip(*results, strict=True))
     bare_wall, bare_cpu, vault_cpu = (figure(column) for column in zip(*bare, strict=True))
+    reference_wall, reference_cpu = (figure(column) for column in zip(*reference, strict=True))
     return Boot(
         pods=pods,
+        reference_wall=reference_wall,
+        reference_cpu=reference_cpu,
         bare_wall=bare_wall,
         bare_cpu=bare_cpu,
         vault_cpu=vault_cpu,
@@ -288,6 +279,18 @@ def boot(stand: BenchStand, runs: int, pods: int, *, round_trip: float = 0.005) 
         requests=count(passed),
         connections=passed.most_open,
     )
+
+
+def _booted(stand: BenchStand, daemon: Daemon, pods: int) -> tuple[float, float, float, Passed]:
+    """A boot of one just started: its seconds, those of CPU, the memory before it, and what passed."""
+    lanes = boot_lanes(stand, pods)
+    time.sleep(0.5)  # what is done right after the start is not the boot's
+    idle, before = daemon.memory(), daemon.cpu()
+    stand.proxy.forget()
+    driven = stand.load.drive(daemon.socket, lanes)
+    cpu, passed = daemon.cpu() - before, stand.proxy.passed()
+    expect(passed, "node boot", logins=pods, reads=pods * OBJECTS)
+    return wall(driven), cpu, idle, passed
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ LOGIN_PATH = "auth/kubernetes/login"
 ENGINE_PATH = "sys/internal/ui/mounts/"
 MEMORY = Path("/dev/shm")
 """Where a node's /run is: in memory."""
+SOCKET = "vault.sock"
 COMPILING_SECONDS = 3.0
 """In which a daemon that listens has imported the rest, slowly, as there is no bytecode of it yet."""
 
@@ -157,12 +158,36 @@ class BenchStand:
     @contextlib.contextmanager
     def daemon(self, *flags: str) -> Iterator[Daemon]:
         """A daemon with these flags besides those of daemonset/, once it listens."""
-        with tempfile.TemporaryDirectory(prefix="daemon-", dir=self.directory) as directory:
-            daemon = Daemon(Path(directory), self.kubeconfig, self.proxy.address, flags, self.directory / "bytecode")
-            try:
+        with self._directory() as directory:
+            argv = [
+                "provider.cli",
+                f"--endpoint={directory / SOCKET}",
+                f"--vault-addr={self.proxy.address}",
+                f"--kubeconfig={self.kubeconfig}",
+                f"--state-dir={directory / 'state'}",
+                f"--node-name={NODE}",
+                f"--health-addr=127.0.0.1:{free_port()}",
+                # An hour's mounts of a pod come within seconds here.
+                "--max-pod-mounts=0",
+                "--max-pod-objects=0",
+                "--max-pod-mib=0",
+                *flags,
+            ]
+            with Daemon(argv, directory, self.directory / "bytecode") as daemon:
                 yield daemon
-            finally:
-                daemon.stop()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Daemon]:
+        """`tests.bench.reference`, once it listens."""
+        with self._directory() as directory:
+            argv = ["tests.bench.reference", str(directory / SOCKET), self.proxy.address]
+            with Daemon(argv, directory, self.directory / "bytecode") as reference:
+                yield reference
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="daemon-", dir=self.directory) as directory:
+            yield Path(directory)
 
     def floors(self, times: int) -> tuple[list[float], list[float]]:
         """Seconds of one read of a KV secret and of one login, each over a bare connection that is kept alive."""
@@ -199,12 +224,6 @@ class BenchStand:
         seconds, cpu = program("bare", [self.proxy.address, role, work])
         return Bare(seconds, cpu, cpu_seconds(self.bao.pid) - before)
 
-    def yardstick(self) -> float:
-        """Seconds of CPU of one read by `tests.bench.yardstick`, straight at OpenBao."""
-        path = "yardstick"
-        work = [self.bao.address, self.bao.root_token, f"bench/data/{path}", self.secret(path)]
-        return float(program("yardstick", work))
-
 
 class Bare(NamedTuple):
     """What a node's boot takes by `tests.bench.bare`: seconds in all, and of its and OpenBao's CPU."""
@@ -215,26 +234,13 @@ class Bare(NamedTuple):
 
 
 class Daemon:
-    """A running provider, looked at from the outside. `started_in` is the seconds from exec to the socket."""
+    """A running provider, looked at from the outside; a context manager. `argv` begins with the module that it is.
 
-    def __init__(self, directory: Path, kubeconfig: Path, vault: str, flags: Sequence[str], bytecode: Path) -> None:
-        self.socket = directory / "vault.sock"
-        argv = [
-            sys.executable,
-            "-m",
-            "provider.cli",
-            f"--endpoint={self.socket}",
-            f"--vault-addr={vault}",
-            f"--kubeconfig={kubeconfig}",
-            f"--state-dir={directory / 'state'}",
-            f"--node-name={NODE}",
-            f"--health-addr=127.0.0.1:{free_port()}",
-            # An hour's mounts of a pod come within seconds here.
-            "--max-pod-mounts=0",
-            "--max-pod-objects=0",
-            "--max-pod-mib=0",
-            *flags,
-        ]
+    `started_in` is the seconds from exec to the socket, which is SOCKET in `directory`.
+    """
+
+    def __init__(self, argv: Sequence[str], directory: Path, bytecode: Path) -> None:
+        self.socket = directory / SOCKET
         # A developer's shell may speak of another Vault, or of a proxy.
         theirs = re.compile(r"(VAULT|BAO)_.*|(https?|all)_proxy", re.IGNORECASE)
         environment = {name: value for name, value in os.environ.items() if not theirs.fullmatch(name)}
@@ -242,10 +248,11 @@ class Daemon:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
         began = time.monotonic()
-        self._process = Process(argv, log=directory / "daemon.log", cwd=ROOT, env=environment)
+        command = [sys.executable, "-m", *argv]
+        self._process = Process(command, log=directory / "daemon.log", cwd=ROOT, env=environment)
         while not self.socket.exists():
             if not self._process.running:
-                raise StandError(f"the daemon ended at its start:\n{self._process.log_tail()}")
+                raise StandError(f"{argv[0]} ended at its start:\n{self._process.log_tail()}")
             time.sleep(0.001)
         self.started_in = time.monotonic() - began
         self._proc = Path(f"/proc/{self._process.pid}")
@@ -255,7 +262,10 @@ class Daemon:
         """Its process id."""
         return self._process.pid
 
-    def stop(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End it, as kubelet does; but without the seconds that it would serve on."""
         self._process.signal(signal.SIGKILL)
         self._process.wait(30)
