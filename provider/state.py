@@ -83,6 +83,7 @@ class StateDir:
         self._failing = False
         self._too_large: set[str] = set()
         self._make()
+        self._in_memory = _is_in_memory(self._path)
         self._clear()
 
     def keys(self) -> list[str]:
@@ -111,9 +112,16 @@ class StateDir:
         """The entry, or None where there is none, or none that opens: that one is set aside with a warning."""
         return await asyncio.to_thread(self._load, key)
 
-    async def save(self, key: str, entry: Entry) -> None:
-        """Write an entry in place of the old one, whole or not at all. Raises StateUnusable."""
-        await asyncio.to_thread(self._save, key, entry)
+    async def save(self, key: str, entry: Entry, *, small: bool = False) -> None:
+        """Write an entry in place of the old one, whole or not at all. Raises StateUnusable.
+
+        One that is ``small``, of some 100 KiB at most, is written at once where the directory is in memory: that waits
+        for nothing, and takes a tenth of what a thread costs beside a busy event loop.
+        """
+        if small and self._in_memory:
+            self._save(key, entry)
+        else:
+            await asyncio.to_thread(self._save, key, entry)
 
     def remove(self, key: str) -> None:
         """Remove an entry and its lock; the caller holds the lock."""
@@ -323,6 +331,18 @@ class StateDir:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_in_memory(path: Path) -> bool:
+    """Whether a directory is on a tmpfs, as far as the kernel tells (proc_pid_mountinfo(5))."""
+    try:
+        device = path.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [mount.partition(" - ")[2].split()[0] for mount in mounts if mount.split()[2] == number]
+    return kinds[:1] == ["tmpfs"]
 
 
 class _NoFile(OSError):

@@ -126,17 +126,13 @@ async def test_mount_given_up_while_it_waits_for_the_disk_leaves_no_lock(monkeyp
         await old.mount(pod, *credential())
         (session,) = old.sessions.of_pod(pod.uid)
 
-        async def save_late(store: StateDir, key: str, entry: Entry) -> None:
+        async def save_late(store: StateDir, key: str, entry: Entry, *, small: bool) -> None:
             begun.set()
             await asyncio.sleep(1)
-            await save(store, key, entry)
-
-        async def hold() -> None:
-            async with session.file.held():
-                await begun.wait()
+            await save(store, key, entry, small=small)
 
         monkeypatch.setattr(StateDir, "save", save_late)
-        holding = asyncio.create_task(hold())
+        holding = asyncio.create_task(session.file.hold(begun.wait))
         await asyncio.sleep(1)
         session._has.changed = True
         saving = asyncio.create_task(session.file.save())
@@ -160,7 +156,7 @@ async def test_write_that_is_given_up_is_made_up_for(monkeypatch: pytest.MonkeyP
         await old.mount(pod, STATIC)
         (session,) = old.sessions.of_pod(pod.uid)
 
-        async def save_never(store: StateDir, key: str, entry: Entry) -> None:
+        async def save_never(store: StateDir, key: str, entry: Entry, **_: object) -> None:
             raise asyncio.CancelledError
 
         monkeypatch.setattr(StateDir, "save", save_never)
@@ -409,6 +405,5 @@ async def test_session_that_ended_writes_nothing() -> None:
         (session,) = node.sessions.all()
         await session.revoke()
         session._has.changed = True
-        async with session.file.held():
-            pass
+        await session.file.catch_up()
         assert list(stage.state.glob("*.session")) == []

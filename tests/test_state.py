@@ -10,6 +10,8 @@ import os
 import resource
 import socket
 import stat
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from provider.state import FORMAT, MAGIC, MAX_FILE_BYTES, Entry, StateDir, StateUnusable
+from provider.state import FORMAT, MAGIC, MAX_FILE_BYTES, Entry, StateDir, StateUnusable, _is_in_memory
 from tests.test_audit import no_file_larger_than
 
 KEY = b"k" * 32
@@ -58,6 +60,44 @@ async def test_another_daemon_reads_it(state: StateDir, directory: Path) -> None
     """What one daemon sealed, another with the same key opens."""
     await saved(state)
     assert await StateDir(str(directory), KEY).load(NAME) == Entry(1, PAYLOAD)
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "small", "at_once"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+async def test_only_what_waits_for_nothing_is_written_on_the_event_loop(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch, in_memory: bool, small: bool, at_once: bool
+) -> None:
+    """A small entry of a directory in memory is; a large one is not, nor any on a disk, which may be full or slow."""
+    threads: list[threading.Thread] = []
+    write = StateDir._save
+
+    def watched(state: StateDir, key: str, entry: Entry) -> None:
+        threads.append(threading.current_thread())
+        write(state, key, entry)
+
+    monkeypatch.setattr(StateDir, "_save", watched)
+    monkeypatch.setattr(state, "_in_memory", in_memory)
+    await state.save(NAME, Entry(1, PAYLOAD), small=small)
+    assert [thread is threading.current_thread() for thread in threads] == [at_once]
+    assert await state.load(NAME) == Entry(1, PAYLOAD)
+
+
+def test_a_disk_is_no_memory() -> None:
+    """Any file system but a tmpfs may make a write wait."""
+    assert not _is_in_memory(Path("/sys/kernel"))
+
+
+def test_state_in_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the daemon keeps it, below /run, it is in memory; where the kernel does not tell, it is not."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert StateDir(f"{memory}/state", KEY)._in_memory
+        monkeypatch.setattr(Path, "read_text", no_file)
+        assert not StateDir(f"{memory}/state", KEY)._in_memory
+
+
+def no_file(path: Path) -> str:
+    raise FileNotFoundError(path)
 
 
 @settings(max_examples=20)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 from provider.clock import Clock
 from provider.sessions.holdings import Holdings
@@ -13,23 +14,12 @@ from provider.sessions.snapshot import Snapshot, dump, load
 from provider.spc import Pod
 from provider.state import Entry, StateDir, StateUnusable
 
+_T = TypeVar("_T")
 
-class _Holding:
-    """Written out, since each read of a mount makes one."""
-
-    __slots__ = ("_file",)
-
-    def __init__(self, file: SessionFile) -> None:
-        self._file = file
-
-    async def __aenter__(self) -> None:
-        if not self._file.join():
-            await self._file.enter()
-
-    async def __aexit__(self, *_: object) -> None:
-        if not self._file.part():
-            # Whoever goes away while it waits here must let go all the same.
-            await asyncio.shield(self._file.leave())
+# A session that has no more is written in a millisecond: usually one token, and a few credentials of some KiB. Tokens
+# and the names of their policies may have 24 KiB each.
+FEW_TOKENS: Final = 4
+SMALL_BYTES: Final = 64 * 1024
 
 
 class SessionFile:
@@ -78,34 +68,31 @@ class SessionFile:
         self._holdings.changed |= found is None and self.generation > 0
         return found not in (None, self.generation)
 
-    def held(self) -> _Holding:
-        """A context in which the file is held against another daemon, knowing what that one wrote.
+    async def hold(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do ``work`` while the file is held against another daemon, knowing what that one wrote.
 
         Tasks of this process hold it together: the first takes the lock, the last writes and lets go.
         """
-        return _Holding(self)
+        if self._holders > 0 and not self._gate.locked():
+            self._holders += 1  # as most of a mount's reads do
+        else:
+            await self._enter()
+        try:
+            return await work()
+        finally:
+            if self._holders > 1 and not self._gate.locked():
+                self._holders -= 1
+            else:
+                # Whoever goes away while it waits here must let go all the same.
+                await asyncio.shield(self._leave())
 
-    def join(self) -> bool:
-        """Begin to hold it with others, if there are any: most of a mount's reads do."""
-        joins = self._holders > 0 and not self._gate.locked()
-        self._holders += joins
-        return joins
-
-    def part(self) -> bool:
-        """End what ``join`` or ``enter`` began, if others go on holding it."""
-        parts = self._holders > 1 and not self._gate.locked()
-        self._holders -= parts
-        return parts
-
-    async def enter(self) -> None:
-        """Begin to hold it; ``held`` sees to the end."""
+    async def _enter(self) -> None:
         async with self._gate:
             if not self._holders:
                 await self._take()
             self._holders += 1
 
-    async def leave(self) -> None:
-        """End what ``join`` or ``enter`` began."""
+    async def _leave(self) -> None:
         async with self._gate:
             self._holders -= 1
             if not self._holders:
@@ -117,8 +104,8 @@ class SessionFile:
 
     async def catch_up(self) -> None:
         """Have the holdings know what another daemon wrote."""
-        async with self.held():
-            pass
+        await self._enter()
+        await asyncio.shield(self._leave())
 
     async def save(self) -> None:
         """Write what changed while it is held: what a crash would take before its last holder lets go."""
@@ -129,8 +116,7 @@ class SessionFile:
     async def flush(self) -> None:
         """Write what changed, if anything did, also while others hold the file: their reads may take long."""
         if self._holdings.changed and not self._ended:
-            async with self.held():
-                await self.save()
+            await self.hold(self.save)
 
     def end(self) -> None:
         """The session ends: nothing is written any more."""
@@ -177,7 +163,8 @@ class SessionFile:
         snapshot = Snapshot(self._identity, self._pod, self._holdings.tokens, list(self._holdings.kept.values()))
         written = False
         try:
-            await store.save(self._key, Entry(self.generation + 1, dump(snapshot, self._clock)))
+            small = len(snapshot.tokens) <= FEW_TOKENS and sum([kept.size for kept in snapshot.kept]) <= SMALL_BYTES
+            await store.save(self._key, Entry(self.generation + 1, dump(snapshot, self._clock)), small=small)
             written = True
         except StateUnusable:
             pass  # the log has it

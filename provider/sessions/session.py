@@ -492,16 +492,18 @@ class Session:
 
     async def renew(self) -> None:
         """Renew what is due, tokens first: a lease lives at most as long as its token."""
-        async with self.file.held():
-            upkeep = self._upkeep()
-            tokens, _ = self._has.renewable()
-            for token in tokens:
-                await upkeep.renew_token(token)
-            _, leases = self._has.renewable()
-            await asyncio.gather(*map(upkeep.renew_lease, leases))
-            for kept in leases:
-                if kept.life.ended or kept.token.life.ended:
-                    self._warn_if_short(kept, self._has.longest_interval(kept))
+        await self.file.hold(self._renew)
+
+    async def _renew(self) -> None:
+        upkeep = self._upkeep()
+        tokens, _ = self._has.renewable()
+        for token in tokens:
+            await upkeep.renew_token(token)
+        _, leases = self._has.renewable()
+        await asyncio.gather(*map(upkeep.renew_lease, leases))
+        for kept in leases:
+            if kept.life.ended or kept.token.life.ended:
+                self._warn_if_short(kept, self._has.longest_interval(kept))
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

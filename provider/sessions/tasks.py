@@ -86,10 +86,7 @@ class Tasks:
         until = min(until, began + ANSWER_SECONDS)
         try:
             async with asyncio.timeout_at(until):
-                if not held:
-                    return await start()
-                async with self._file.held():
-                    return await start()
+                return await (self._file.hold(start) if held else start())
         except TimeoutError as error:
             raise AnswerLost(
                 f"Vault did not answer within {until - began:.0f} s", "check Vault's load and the network to it"

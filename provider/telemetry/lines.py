@@ -10,6 +10,8 @@ from typing import Final
 # must not stop mounts, nor fill the memory: a line may tell of a thousand objects.
 MAX_WAITING: Final = 2000
 MAX_WAITING_BYTES: Final = 8 * 1024 * 1024
+# Between two writes, in which lines come together: to wake a thread for each of them costs more than to write it.
+GATHER_SECONDS: Final = 0.02
 # Seconds that the end of the process waits for the rest to be written.
 FLUSH_SECONDS: Final = 2.0
 
@@ -33,7 +35,7 @@ class LineWriter:
         self._room = room
         self._waiting: list[bytes] = []
         self._size = 0
-        self._closing = False
+        self._closing = threading.Event()
         # Its lock may be taken twice by one thread: a finalizer that runs inside ``put`` may have something to log.
         self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -65,7 +67,7 @@ class LineWriter:
     def close(self) -> bool:
         """Write what is waiting, and end; False where that takes longer than FLUSH_SECONDS, and is given up."""
         with self._changed:
-            self._closing = True
+            self._closing.set()
             self._changed.notify()
         self._thread.join(FLUSH_SECONDS)
         with self._changed:
@@ -75,11 +77,12 @@ class LineWriter:
     def _run(self) -> None:
         while lines := self._take():
             self._write(lines)
+            self._closing.wait(GATHER_SECONDS)
 
     def _take(self) -> list[bytes]:
         """All lines that wait, at least one; none at the end."""
         with self._changed:
-            while not self._waiting and not self._closing:
+            while not self._waiting and not self._closing.is_set():
                 self._changed.wait()
             lines, self._waiting, self._size = self._waiting, [], 0
             return lines
