@@ -38,9 +38,10 @@ class SessionFile:
     ) -> None:
         self.generation = 0
         """The generation that was last read or written; 0 before the first."""
+        self.key = identity.key
+        """The session's name, in files and logs."""
         self._identity = identity
         self._pod = pod
-        self._key = identity.key
         self._state = state
         self._clock = clock
         self._holdings = holdings
@@ -64,7 +65,7 @@ class SessionFile:
         store = self._state()
         if store is None:
             return False
-        found = store.generation(self._key)
+        found = store.generation(self.key)
         self._holdings.changed |= found is None and self.generation > 0
         return found not in (None, self.generation)
 
@@ -127,16 +128,16 @@ class SessionFile:
         store = self._state()
         if store is not None:
             with contextlib.suppress(StateUnusable):
-                async with store.lock(self._key):
-                    if not lock_alone or store.generation(self._key) is None:
-                        store.remove(self._key)
+                async with store.lock(self.key):
+                    if not lock_alone or store.generation(self.key) is None:
+                        store.remove(self.key)
 
     async def _take(self) -> None:
         store = self._state()
         if store is None:
             return
         try:
-            await self._lock.enter_async_context(store.lock(self._key))
+            await self._lock.enter_async_context(store.lock(self.key))
         except StateUnusable:
             return  # without the lock, as without the directory
         try:
@@ -146,12 +147,12 @@ class SessionFile:
             raise
 
     async def _catch_up(self, store: StateDir) -> None:
-        entry = await store.load(self._key) if self.is_behind() else None
+        entry = await store.load(self.key) if self.is_behind() else None
         if entry is not None:
             try:
                 self._holdings.adopt(load(entry.payload, self._clock))
             except ValueError as error:
-                store.set_aside(self._key, str(error))
+                store.set_aside(self.key, str(error))
             else:
                 self.generation = entry.generation
 
@@ -164,7 +165,7 @@ class SessionFile:
         written = False
         try:
             small = len(snapshot.tokens) <= FEW_TOKENS and sum([kept.size for kept in snapshot.kept]) <= SMALL_BYTES
-            await store.save(self._key, Entry(self.generation + 1, dump(snapshot, self._clock)), small=small)
+            await store.save(self.key, Entry(self.generation + 1, dump(snapshot, self._clock)), small=small)
             written = True
         except StateUnusable:
             pass  # the log has it

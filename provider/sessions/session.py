@@ -578,4 +578,4 @@ class Session:
         return Who(self.pod, self.identity.login, self.identity.server, self.class_name)
 
     def _about(self) -> dict[str, object]:
-        return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.identity.key}
+        return {"pod": str(self.pod), "role": self.identity.login.role, "session": self.file.key}

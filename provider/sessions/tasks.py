@@ -19,12 +19,30 @@ _T = TypeVar("_T")
 ANSWER_SECONDS: Final = 300.0
 
 
+class _Bound:
+    """When a task began and when it is given up, in the event loop's time; and whether it was."""
+
+    __slots__ = ("began", "over", "until")
+
+    def __init__(self, began: float, until: float) -> None:
+        self.began = began
+        self.until = until
+        self.over = False
+
+
 class Tasks:
-    """The tasks of one session, whose ``file`` those hold that may issue something."""
+    """The tasks of one session, whose ``file`` those hold that may issue something.
+
+    One timer gives up what is over: a mount of ten objects has as many tasks, and timers of their own would be a
+    twentieth of a boot's CPU.
+    """
 
     def __init__(self, file: SessionFile) -> None:
         self._file = file
         self._tasks: dict[object, asyncio.Task[Any]] = {}
+        self._bounds: dict[asyncio.Task[Any], _Bound] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._next = math.inf
 
     @property
     def running(self) -> Collection[asyncio.Task[Any]]:
@@ -63,7 +81,11 @@ class Tasks:
         until: float = math.inf,
     ) -> asyncio.Task[_T]:
         """Start a task for ``key``, of which there is none; if ``held``, it holds the session's file."""
-        task = self._tasks[key] = asyncio.create_task(self._bounded(start, held=held, until=until))
+        began = asyncio.get_running_loop().time()
+        bound = _Bound(began, min(until, began + ANSWER_SECONDS))
+        task = self._tasks[key] = asyncio.create_task(self._bounded(start, bound, held=held))
+        self._bounds[task] = bound
+        self._watch(bound.until)
         task.add_done_callback(lambda done: self._done(key, done))
         return task
 
@@ -78,19 +100,39 @@ class Tasks:
         await self.ended()
 
     def _done(self, key: object, task: asyncio.Task[Any]) -> None:
-        del self._tasks[key]
+        del self._tasks[key], self._bounds[task]
+        if not self._tasks:
+            self._watch(math.inf)
         seen(task)
 
-    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], *, held: bool, until: float) -> _T:
-        began = asyncio.get_running_loop().time()
-        until = min(until, began + ANSWER_SECONDS)
+    async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], bound: _Bound, *, held: bool) -> _T:
         try:
-            async with asyncio.timeout_at(until):
-                return await (self._file.hold(start) if held else start())
-        except TimeoutError as error:
-            raise AnswerLost(
-                f"Vault did not answer within {until - began:.0f} s", "check Vault's load and the network to it"
-            ) from error
+            return await (self._file.hold(start) if held else start())
+        except asyncio.CancelledError:
+            if not bound.over:
+                raise
+        raise AnswerLost(
+            f"Vault did not answer within {bound.until - bound.began:.0f} s", "check Vault's load and the network to it"
+        )
+
+    def _watch(self, until: float) -> None:
+        """See to it that what is over then is given up; infinite where nothing is under way."""
+        if self._timer is not None and until < math.inf and self._next <= until:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next = until
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(until, self._give_up) if until < math.inf else None
+
+    def _give_up(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._timer = None
+        for task, bound in self._bounds.items():
+            if bound.until <= now and not bound.over:
+                bound.over = True
+                task.cancel()
+        self._watch(min([bound.until for bound in self._bounds.values() if not bound.over], default=math.inf))
 
 
 def seen(task: asyncio.Task[Any]) -> None:
