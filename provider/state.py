@@ -313,10 +313,12 @@ class StateDir:
         try:
             with open(_create(fresh), "wb") as file:
                 file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
+                if not self._in_memory:
+                    file.flush()
+                    os.fsync(file.fileno())
             fresh.replace(path)
-            self._sync_directory()
+            if not self._in_memory:
+                self._sync_directory()
         except OSError as error:
             with contextlib.suppress(OSError):
                 fresh.unlink()

@@ -432,6 +432,7 @@ async def test_crash_while_writing_leaves_the_old(state: StateDir, monkeypatch: 
     def crash(*_: object) -> None:
         raise Crash
 
+    monkeypatch.setattr(state, "_in_memory", False)
     monkeypatch.setattr(*((os, "fsync", crash) if at == "fsync" else (Path, "replace", crash)))
     with pytest.raises(Crash):
         await state.save(NAME, Entry(2, {"half": "written"}))
@@ -456,8 +457,14 @@ async def test_contents_are_on_disk_before_the_name(state: StateDir, monkeypatch
 
     monkeypatch.setattr(os, "fsync", see_fsync)
     monkeypatch.setattr(Path, "replace", see_replace)
+    monkeypatch.setattr(state, "_in_memory", False)
     await saved(state)
     assert steps == ["fsync of file", "rename", "fsync of directory"]
+    # What ends with the node's memory is never read after it.
+    steps.clear()
+    monkeypatch.setattr(state, "_in_memory", True)
+    await saved(state)
+    assert steps == ["rename"]
 
 
 async def test_full_disk_leaves_the_old(state: StateDir, directory: Path) -> None:
