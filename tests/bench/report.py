@@ -55,6 +55,7 @@ _WHY: Final = (
     ("provider/telemetry/", "a line of JSON for each mount"),
     ("provider/state", "a session's file, sealed, so that a restart logs nobody in again"),
     ("provider/", "the mount's own work"),
+    ("JSONEncoder.", "lines of the log, logins and sealed sessions are JSON"),
     ("json/", "Vault answers in JSON"),
     ("hvac/", "Vault's endpoints as hvac knows them"),
     ("uvloop/", "the event loop, in C, and what starts it"),
