@@ -759,3 +759,16 @@ def test_waiting_lines_are_bounded_in_bytes() -> None:
     go_on.set()
     assert writer.close()
     assert b"".join(written) == b"first\n" + (b"x" * 39 + b"\n") * 2 + b"y" * 19 + b"\n"
+
+
+def test_lines_of_a_moment_are_written_together() -> None:
+    """A log gathers what comes within a moment, so that a thread is not woken for each; its end waits for nothing."""
+    written: list[int] = []
+    writer = LineWriter("gathers", lambda together: written.append(len(together)), gather=60)
+    writer.start()
+    writer.put("first")
+    eventually(lambda: written == [1], "the first is written at once")
+    for number in range(10):
+        writer.put(str(number))
+    assert writer.close()
+    assert written == [1, 10]

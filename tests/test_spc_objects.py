@@ -68,12 +68,14 @@ def test_objects_that_are_no_list_are_refused(text: str) -> None:
 def test_the_spelling_of_other_providers_is_known() -> None:
     """The Azure provider's classes have a key above the list and a text for each object: the remedy names both."""
     text = "- |\n  objectName: a\n  secretPath: b\n"
-    remedy = 'remove the line "array:" and the | behind each dash'
+    remedy = 'remove the line "array:", and | or quotes behind each dash'
     assert fault(f"array:\n{indent(text, '  ')}").startswith(f"objects: is not a YAML list ({remedy}")
     assert fault(text).startswith(f"objects[0]: is not a map of fields ({remedy}")
     # A map that happens to have that key is told what is most likely missing.
-    assert "begin each object with a dash" in fault("array: a\n")
-    assert 'add "- objectName: password"' in fault("- |\n  secretPath: b\n")
+    for text in ("array: a\n", "array: []\n"):
+        assert "begin each object with a dash" in fault(text)
+    for text in ("- |\n  secretPath: b\n", "- objectName:password\n  secretPath:b\n"):
+        assert 'add "- objectName: password"' in fault(text)
 
 
 @pytest.mark.parametrize("item", ["null", "text", "[objectName, a]"])

@@ -91,13 +91,23 @@ def test_a_disk_is_no_memory() -> None:
 def test_state_in_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the daemon keeps it, below /run, it is in memory; where the kernel does not tell, it is not."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert _is_in_memory(Path(memory))
         assert StateDir(f"{memory}/state", KEY)._in_memory
-        monkeypatch.setattr(Path, "read_text", no_file)
+        monkeypatch.setattr(Path, "read_bytes", no_file)
         assert not StateDir(f"{memory}/state", KEY)._in_memory
 
 
-def no_file(path: Path) -> str:
+def no_file(path: Path) -> bytes:
     raise FileNotFoundError(path)
+
+
+def test_mounts_of_any_name_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that is no UTF-8, or has what some take for the end of a line, hides no other mount."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        odd = b"".join(b"1 2 9:9 / /caf\xe9%s rw - ext4 x rw\n" % end for end in (b"\x0c", b"\x0b", b"\x85", b"\x1c"))
+        mounts = odd + Path("/proc/self/mountinfo").read_bytes()
+        monkeypatch.setattr(Path, "read_bytes", lambda _: mounts)
+        assert _is_in_memory(Path(memory))
 
 
 @settings(max_examples=20)

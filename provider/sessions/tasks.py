@@ -84,8 +84,6 @@ class Tasks:
         began = asyncio.get_running_loop().time()
         bound = _Bound(began, min(until, began + ANSWER_SECONDS))
         task = self._tasks[key] = asyncio.create_task(self._bounded(start, bound, held=held))
-        self._bounds[task] = bound
-        self._watch(bound.until)
         task.add_done_callback(lambda done: self._done(key, done))
         return task
 
@@ -100,12 +98,17 @@ class Tasks:
         await self.ended()
 
     def _done(self, key: object, task: asyncio.Task[Any]) -> None:
-        del self._tasks[key], self._bounds[task]
+        del self._tasks[key]
+        self._bounds.pop(task, None)
         if not self._tasks:
             self._watch(math.inf)
         seen(task)
 
     async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], bound: _Bound, *, held: bool) -> _T:
+        # Only now: who is cancelled before the first step could not say why.
+        if task := asyncio.current_task():
+            self._bounds[task] = bound
+            self._watch(bound.until)
         try:
             return await (self._file.hold(start) if held else start())
         except asyncio.CancelledError:

@@ -23,7 +23,8 @@ FIELDS: Final = tuple(field.name for field in OBJECT_FIELDS)
 
 _EXAMPLE: Final = 'add "- objectName: password" and below it its secretPath'
 # The Azure provider's classes have a text of YAML for each object, below a key.
-_OF_OTHERS: Final = 'remove the line "array:" and the | behind each dash, which other providers want'
+_OF_OTHERS: Final = 'remove the line "array:", and | or quotes behind each dash, which other providers want'
+_QUOTED: Final = re.compile(r"^objectName:\s", re.MULTILINE)
 _MODES: Final = "write an octal number from 0000 to 0777, for example 0600"
 # Characters of a duration; reading a megabyte of digits takes seconds.
 _MAX_DURATION: Final = 64
@@ -77,7 +78,7 @@ def parse_objects(text: str, defaults: Defaults, findings: Findings) -> tuple[Ob
 def _items(node: Node | None) -> tuple[Node, ...]:
     if node is None or (isinstance(node, Scalar) and node.null):
         raise Refused("names no object", _EXAMPLE)
-    if isinstance(node, Mapping) and isinstance(node.entries.get("array"), Sequence):
+    if isinstance(node, Mapping) and isinstance(array := node.entries.get("array"), Sequence) and array.items:
         raise Refused("is not a YAML list", _OF_OTHERS)
     if not isinstance(node, Sequence):
         raise Refused("is not a YAML list", "begin each object with a dash, as in - objectName: password")
@@ -92,7 +93,7 @@ def _object(index: int, node: Node, defaults: Defaults, findings: Findings) -> O
     """The object; its name is empty where it has no legal one."""
     where = f"objects[{index}]"
     if not isinstance(node, Mapping):
-        quoted = isinstance(node, Scalar) and "objectName:" in node.text
+        quoted = isinstance(node, Scalar) and _QUOTED.search(node.text)
         findings.fault(where, "is not a map of fields", _OF_OTHERS if quoted else _EXAMPLE)
         return None
     name = node.entries.get("objectName")

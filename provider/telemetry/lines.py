@@ -10,8 +10,6 @@ from typing import Final
 # must not stop mounts, nor fill the memory: a line may tell of a thousand objects.
 MAX_WAITING: Final = 2000
 MAX_WAITING_BYTES: Final = 8 * 1024 * 1024
-# Between two writes, in which lines come together: to wake a thread for each of them costs more than to write it.
-GATHER_SECONDS: Final = 0.02
 # Seconds that the end of the process waits for the rest to be written.
 FLUSH_SECONDS: Final = 2.0
 
@@ -19,7 +17,9 @@ FLUSH_SECONDS: Final = 2.0
 class LineWriter:
     """Hands lines to ``write`` in a thread, in order, as many at a time as have come together.
 
-    ``write`` gets each line with its end. It may take as long as it likes, and raises nothing.
+    ``write`` gets each line with its end. It may take as long as it likes, and raises nothing. ``gather`` seconds pass
+    between two writes, in which lines come together: to wake a thread for each costs more than to write it, but whoever
+    kills the process takes with it what has gathered.
     """
 
     def __init__(
@@ -29,8 +29,10 @@ class LineWriter:
         *,
         capacity: int = MAX_WAITING,
         room: int = MAX_WAITING_BYTES,
+        gather: float = 0.0,
     ) -> None:
         self._write = write
+        self._gather = gather
         self._capacity = capacity
         self._room = room
         self._waiting: list[bytes] = []
@@ -66,8 +68,8 @@ class LineWriter:
 
     def close(self) -> bool:
         """Write what is waiting, and end; False where that takes longer than FLUSH_SECONDS, and is given up."""
+        self._closing.set()
         with self._changed:
-            self._closing.set()
             self._changed.notify()
         self._thread.join(FLUSH_SECONDS)
         with self._changed:
@@ -77,7 +79,8 @@ class LineWriter:
     def _run(self) -> None:
         while lines := self._take():
             self._write(lines)
-            self._closing.wait(GATHER_SECONDS)
+            if self._gather:
+                self._closing.wait(self._gather)
 
     def _take(self) -> list[bytes]:
         """All lines that wait, at least one; none at the end."""

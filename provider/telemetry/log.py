@@ -39,6 +39,9 @@ MAX_FIELD: Final = 4096
 # Frames of one exception that are told, innermost last.
 MAX_FRAMES: Final = 24
 
+# Lines of a moment are written together; a process that is killed takes them with it.
+GATHER_SECONDS: Final = 0.02
+
 _ROOT: Final = "provider"
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 _OWN: Final = frozenset({"time", "severity", "message", "logger", "exception"})
@@ -146,7 +149,7 @@ class _LineHandler(logging.Handler):
         self.setFormatter(formatter)
         self._descriptor = descriptor
         self._told_refused = 0
-        self.lines = LineWriter("log", self._write, capacity=capacity)
+        self.lines = LineWriter("log", self._write, capacity=capacity, gather=GATHER_SECONDS)
 
     def createLock(self) -> None:
         """None is needed: an event is formatted from nothing that is shared, and the lines have a lock of their own."""

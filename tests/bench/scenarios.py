@@ -47,7 +47,7 @@ class Plan:
 
 FULL: Final = Plan(
     runs=9,
-    boots=5,
+    boots=6,
     pods=PODS,
     round_trips=(0.0, 0.002, 0.005, 0.020),
     objects=(1, 10, 50, 200),
