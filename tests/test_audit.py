@@ -770,5 +770,6 @@ def test_lines_of_a_moment_are_written_together() -> None:
     eventually(lambda: written == [1], "the first is written at once")
     for number in range(10):
         writer.put(str(number))
+        time.sleep(0.01)  # in which the thread could write it
     assert writer.close()
     assert written == [1, 10]
