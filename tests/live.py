@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+from provider.telemetry.log import GATHER_SECONDS
 from tests.stand.driver import Driver, MountOutcome
 from tests.stand.kubeapi import KubeApi, Pod
 from tests.stand.openbao import OpenBao
@@ -32,6 +33,9 @@ NODE = "node-1"
 AUDIENCE = "vault"
 LONG = "1h"
 """A TTL that does not end within any of these tests."""
+
+WRITTEN_SECONDS = 3 * GATHER_SECONDS
+"""After which a line that a daemon told is in its file."""
 
 SWAPS = 10
 """More swaps of a volume than can fall into one look at it."""
@@ -203,7 +207,8 @@ class Daemon:
         assert self.process.wait(60) == 0, self.process.log_tail()
 
     def events(self) -> list[dict[str, Any]]:
-        """What it has logged since its last start."""
+        """What it has logged since its last start, until now."""
+        time.sleep(WRITTEN_SECONDS)
         lines = self.process.log.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -30,6 +30,7 @@ from provider.notation import read_duration
 from provider.settings import Settings, TlsSettings
 from provider.spc.parameters import TOKENS
 from provider.v1alpha1 import service_pb2, service_pb2_grpc
+from tests.live import WRITTEN_SECONDS
 from tests.stand.driver import Driver
 from tests.stand.faulty import Faulty, secret, token
 from tests.stand.process import Process
@@ -518,7 +519,8 @@ class Daemon(Process):
         super().__init__(argv, log=path.with_name(f"{name}.log"), cwd=ROOT)
 
     def events(self) -> list[dict[str, Any]]:
-        """What it wrote, each line of which has to be JSON."""
+        """What it told until now, each line of which has to be JSON."""
+        time.sleep(WRITTEN_SECONDS)
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
     def told(self, message: str) -> None:

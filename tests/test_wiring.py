@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from provider.render import RenderedFile
 from provider.settings import Settings
 from provider.spc import MountSpec, ObjectSpec, Parser
 from provider.telemetry.events import Telemetry
+from tests.live import WRITTEN_SECONDS
 from tests.stand.driver import Driver
 from tests.stand.kubeapi import Pod
 from tests.stand.process import Process, free_port
@@ -127,6 +129,7 @@ def test_daemon_whose_socket_somebody_removed_asks_to_be_restarted(tmp_path: Pat
         endpoint = tmp_path / "vault.sock"
         endpoint.rename(tmp_path / "aside")
         assert status(health, "/health/live") == status(health, "/health/live") == 503
+        time.sleep(WRITTEN_SECONDS)
         assert daemon.log.read_text().count("the socket is gone") == 1
         endpoint.touch()
         assert status(health, "/health/live") == 200

@@ -105,10 +105,7 @@ class Tasks:
         seen(task)
 
     async def _bounded(self, start: Callable[[], Coroutine[Any, Any, _T]], bound: _Bound, *, held: bool) -> _T:
-        # Only now: who is cancelled before the first step could not say why.
-        if task := asyncio.current_task():
-            self._bounds[task] = bound
-            self._watch(bound.until)
+        self._begin(bound)
         try:
             return await (self._file.hold(start) if held else start())
         except asyncio.CancelledError:
@@ -117,6 +114,13 @@ class Tasks:
         raise AnswerLost(
             f"Vault did not answer within {bound.until - bound.began:.0f} s", "check Vault's load and the network to it"
         )
+
+    def _begin(self, bound: _Bound) -> None:
+        """The current task begins, and is watched from now on: cancelled before its first step it could not say why."""
+        # In no variable of the task's own frame: its error refers to the frame, and the task to its error.
+        if task := asyncio.current_task():
+            self._bounds[task] = bound
+            self._watch(bound.until)
 
     def _watch(self, until: float) -> None:
         """See to it that what is over then is given up; infinite where nothing is under way."""
