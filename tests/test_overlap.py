@@ -12,7 +12,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from provider.errors import KubernetesUnavailable, MountFailed, ProviderError
-from provider.sessions import registry
+from provider.sessions import file, registry
 from provider.state import _HEAD, _NONCE, MAX_FILE_BYTES, Entry, StateDir, StateUnusable
 from tests.stand.simnode import CERTIFICATE, KEY, STATIC, Key, Stage, credential, wanted
 from tests.stand.simtime import simulated
@@ -407,3 +407,24 @@ async def test_session_that_ended_writes_nothing() -> None:
         session._has.changed = True
         await session.file.catch_up()
         assert list(stage.state.glob("*.session")) == []
+
+
+@pytest.mark.parametrize(("limit", "small"), [("", True), ("FEW_TOKENS", False), ("SMALL_BYTES", False)])
+@simulated
+async def test_only_a_small_session_is_said_to_be_small(
+    monkeypatch: pytest.MonkeyPatch, limit: str, small: bool
+) -> None:
+    """A session with many tokens, or with large credentials, is not to be written on the event loop."""
+    said: list[bool] = []
+    save = StateDir.save
+
+    async def watched(store: StateDir, key: str, entry: Entry, *, small: bool) -> None:
+        said.append(small)
+        await save(store, key, entry, small=small)
+
+    monkeypatch.setattr(StateDir, "save", watched)
+    if limit:
+        monkeypatch.setattr(file, limit, 0)
+    async with Stage() as stage:
+        await stage.node(kept=True).mount(stage.pod("a"), *credential())
+        assert said[-1] == small

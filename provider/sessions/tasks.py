@@ -33,8 +33,8 @@ class _Bound:
 class Tasks:
     """The tasks of one session, whose ``file`` those hold that may issue something.
 
-    One timer gives up what is over: a mount of ten objects has as many tasks, and timers of their own would be a
-    twentieth of a boot's CPU.
+    One timer gives up what is over: a mount of ten objects has as many tasks, and timers of their own took some 4 % of
+    a node boot's CPU.
     """
 
     def __init__(self, file: SessionFile) -> None:
@@ -124,9 +124,9 @@ class Tasks:
 
     def _watch(self, until: float) -> None:
         """See to it that what is over then is given up; infinite where nothing is under way."""
-        if self._timer is not None and until < math.inf and self._next <= until:
-            return
         if self._timer is not None:
+            if self._next <= until < math.inf:
+                return
             self._timer.cancel()
         self._next = until
         loop = asyncio.get_running_loop()
